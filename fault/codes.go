@@ -92,7 +92,7 @@ var table = map[Code]entry{
 	Malformed:         {refusal, 400, false, "The input does not have the form that its specification demands.", "Correct the field that is named."},
 	TooLarge:          {refusal, 413, false, "The input is larger than the limit.", "Send less; the limit stands in /v1/capabilities."},
 	NotFound:          {request, 404, false, "There is no such thing.", "List what there is: trustd agent list, trustd key list."},
-	AlreadyExists:     {request, 409, false, "A thing of that name exists.", "Choose another name, or remove the old one first."},
+	AlreadyExists:     {request, 409, false, "A thing of that name exists.", "Choose another name; ids and aliases of removed agents stay theirs."},
 	Conflict:          {request, 409, false, "The idempotency key was used with another body.", "Use a new idempotency key for a new request."},
 	Denied:            {request, 403, false, "This caller may not do this.", "See what the daemon sees of you: trustd whoami --explain."},
 	CallerUnknown:     {request, 403, false, "The process at the other end of the socket cannot be identified.", "Call from a live process in the host's user namespace."},

@@ -103,6 +103,7 @@ func (a *Algorithm) UnmarshalText(b []byte) error {
 type PublicKey struct {
 	key  crypto.PublicKey
 	spki string
+	pem  string // kept, because every verification compares it
 	alg  Algorithm
 	id   KeyID
 }
@@ -117,7 +118,8 @@ func NewPublicKey(k crypto.PublicKey) (PublicKey, error) {
 	if err != nil {
 		return PublicKey{}, fault.Wrap(fault.Malformed, err, "not a usable public key")
 	}
-	return PublicKey{key: k, spki: string(der), alg: alg, id: sha256.Sum256(der)}, nil
+	text := pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: der})
+	return PublicKey{key: k, spki: string(der), pem: string(text), alg: alg, id: sha256.Sum256(der)}, nil
 }
 
 // ParseSPKI reads a DER SubjectPublicKeyInfo. Anything but the one canonical encoding is refused, so that a key
@@ -158,14 +160,23 @@ func ParsePEM(text string) (PublicKey, error) {
 
 // ParsePublicKey reads the base64 of a DER SubjectPublicKeyInfo or, for ed25519 alone, of the raw 32 bytes.
 func ParsePublicKey(b64 string) (PublicKey, error) {
-	der, err := base64.StdEncoding.Strict().DecodeString(b64)
+	der, err := decodeBase64(b64)
 	if err != nil {
-		return PublicKey{}, fault.BadField("public_key", "not canonical base64")
+		return PublicKey{}, err
 	}
 	if len(der) == ed25519.PublicKeySize {
 		return NewPublicKey(ed25519.PublicKey(der))
 	}
 	return ParseSPKI(der)
+}
+
+// decodeBase64 takes the one encoding: the decoder of the standard library skips line ends, strict or not.
+func decodeBase64(s string) ([]byte, error) {
+	b, err := base64.StdEncoding.DecodeString(s)
+	if err != nil || base64.StdEncoding.EncodeToString(b) != s {
+		return nil, fault.BadField("public_key", "not canonical base64")
+	}
+	return b, nil
 }
 
 func algorithmOf(k crypto.PublicKey) (Algorithm, error) {
@@ -176,15 +187,14 @@ func algorithmOf(k crypto.PublicKey) (Algorithm, error) {
 		}
 		return Ed25519, nil
 	case *ecdsa.PublicKey:
+		alg := map[elliptic.Curve]Algorithm{elliptic.P256(): ECDSAP256, elliptic.P384(): ECDSAP384}[k.Curve]
+		if alg == 0 {
+			break
+		}
 		if _, err := k.ECDH(); err != nil { // refuses the point at infinity and points off the curve
 			return 0, fault.BadField("public_key", "not a point on the curve")
 		}
-		switch k.Curve {
-		case elliptic.P256():
-			return ECDSAP256, nil
-		case elliptic.P384():
-			return ECDSAP384, nil
-		}
+		return alg, nil
 	case *rsa.PublicKey:
 		if k.E != 65537 {
 			return 0, fault.BadField("public_key", "an RSA key must have the exponent 65537")
@@ -218,9 +228,7 @@ func (p PublicKey) SPKI() []byte { return []byte(p.spki) }
 func (p PublicKey) Base64() string { return base64.StdEncoding.EncodeToString([]byte(p.spki)) }
 
 // PEM returns the PEM text, with its final newline.
-func (p PublicKey) PEM() string {
-	return string(pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: []byte(p.spki)}))
-}
+func (p PublicKey) PEM() string { return p.pem }
 
 // IsZero reports whether p is no key.
 func (p PublicKey) IsZero() bool { return p.alg == 0 }
@@ -237,9 +245,9 @@ func (p *PublicKey) UnmarshalJSON(b []byte) error {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return fault.BadField("public_key", "not a string")
 	}
-	der, err := base64.StdEncoding.Strict().DecodeString(s)
+	der, err := decodeBase64(s)
 	if err != nil {
-		return fault.BadField("public_key", "not canonical base64")
+		return err
 	}
 	v, err := ParseSPKI(der)
 	*p = v

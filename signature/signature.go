@@ -67,7 +67,7 @@ func EncodeText(sig []byte) string { return base64.StdEncoding.EncodeToString(si
 // ParseText reads the text of a plain signature by a key of the given algorithm. Only the one canonical encoding
 // of the exact length passes.
 func ParseText(alg ident.Algorithm, text string) ([]byte, error) {
-	if len(text) != base64.StdEncoding.EncodedLen(alg.SignatureSize()) {
+	if !alg.Valid() || len(text) != base64.StdEncoding.EncodedLen(alg.SignatureSize()) {
 		return nil, fault.BadField("signature", "not the base64 of a signature of %d bytes", alg.SignatureSize())
 	}
 	for i := 0; i < len(text); i++ {
