@@ -1,0 +1,88 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/trustd/trustd/api"
+	"github.com/trustd/trustd/fault"
+	"github.com/trustd/trustd/packet"
+	"github.com/trustd/trustd/signer/history"
+)
+
+// maxMessageTTL bounds how long a SignedMessage may be valid; one without a TTL does not expire.
+const maxMessageTTL = 365 * 24 * time.Hour
+
+// SignMessage signs arbitrary JSON with all that matters in its header.
+func (s *Service) SignMessage(ctx context.Context, r api.SignMessageRequest) (api.SignMessageReply, error) {
+	e, a, err := s.actor(ctx, r.Agent, api.VerbSign)
+	if err != nil {
+		return api.SignMessageReply{}, err
+	}
+	if e.Role != roleAgent {
+		return api.SignMessageReply{}, fault.New(fault.Denied, "only agents sign messages")
+	}
+	if err := s.usable(a); err != nil {
+		return api.SignMessageReply{}, err
+	}
+	if r.TTL < 0 || time.Duration(r.TTL) > maxMessageTTL/time.Second {
+		return api.SignMessageReply{}, fault.BadField("ttl_seconds", "a message is valid for at most %d seconds", maxMessageTTL/time.Second)
+	}
+	if r.Nonce == "" {
+		r.Nonce = randomText(18)
+	}
+	size, root := s.cfg.Views.Load().Registry.Head()
+	h := packet.MessageHeader{
+		SignerID: a.ID, Fingerprint: e.Public.ID(), Algorithm: e.Public.Algorithm(), Timestamp: s.cfg.Clock.Now(), Seq: 1, Nonce: r.Nonce,
+		Audience: r.Audience, Grade: e.Grade, KeyEpoch: a.Current().Epoch, ViewHead: digestText(root), ViewSize: size, Prev: r.Prev,
+	}
+	if r.TTL > 0 {
+		h.ExpiresAt = h.Timestamp.Add(time.Duration(r.TTL) * time.Second)
+	}
+	// What is wrong with a message must not cost the key's history a number.
+	if _, err := packet.NewMessage(h, r.Payload); err != nil {
+		return api.SignMessageReply{}, err
+	}
+	key, err := s.open(ctx, e)
+	if err != nil {
+		return api.SignMessageReply{}, err
+	}
+	u, sig, err := signMessage(ctx, key, &h, r.Payload)
+	j := job{entry: e, agent: a}
+	if err != nil {
+		return api.SignMessageReply{}, s.signFailed(j, err)
+	}
+	m, err := u.Seal(sig, e.Public)
+	if err != nil {
+		return api.SignMessageReply{}, err
+	}
+	text, err := m.JSON()
+	if err != nil {
+		return api.SignMessageReply{}, err
+	}
+	return api.SignMessageReply{Message: text, Digest: m.Digest(), Signed: j.signed(h.Seq)}, nil
+}
+
+// lapses bounds how often a message gets another number because others signed so much with the key meanwhile that
+// its first one lapsed.
+const lapses = 8
+
+// signMessage gives the message its number, which is part of what is signed, and signs it.
+func signMessage(ctx context.Context, key *history.Signer, h *packet.MessageHeader, payload []byte) (*packet.UnsignedMessage, []byte, error) {
+	for range lapses {
+		var err error
+		if h.Seq, err = key.Reserve(); err != nil {
+			return nil, nil, err
+		}
+		u, err := packet.NewMessage(*h, payload)
+		if err != nil {
+			return nil, nil, err
+		}
+		sig, err := key.SignAs(ctx, h.Seq, u.SigningBytes())
+		if !errors.Is(err, history.ErrLapsed) {
+			return u, sig, err
+		}
+	}
+	return nil, nil, fault.New(fault.ResourceExhausted, "too many others sign with this key at the moment")
+}
