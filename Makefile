@@ -40,7 +40,7 @@ test: setup-peer build ## run every test once, with the race detector
 	TRUSTD_REQUIRE_HSM=1 go test -race -timeout 20m ./...
 
 test-long: setup-peer build ## bursts, kill -9 under load, fuzzing; without the race detector
-	TRUSTD_REQUIRE_HSM=1 TRUSTD_LONG=1 go test -timeout 25m -run 'Long' ./...
+	TRUSTD_REQUIRE_HSM=1 TRUSTD_LONG=1 go test -count=1 -timeout 25m -run 'Long' ./...
 	@$(MAKE) --no-print-directory fuzz
 
 fuzz: ## fuzz every parser for FUZZTIME each
@@ -58,7 +58,7 @@ lint: ## vet, gofmt, staticcheck
 vuln: ## known vulnerabilities, where the database can be reached
 	@go tool -modfile=tools/go.mod govulncheck ./... || echo "govulncheck: no verdict here (its database may be out of reach)"
 
-generate: ## regenerate the plugin protocol, OpenAPI and generated documents
+generate: ## regenerate the plugin protocol and the generated documents
 	@scripts/generate.sh
 
 release: ## reproducible binaries, checksums and an SBOM into dist/
