@@ -97,6 +97,35 @@ func (a *Admin) ExportPrivate(
 	return out, err
 }
 
+// SetAgent changes how the host treats one of its agents.
+func (a *Admin) SetAgent(ctx context.Context, name string, r api.SetAgentRequest) (out api.AgentDetail, err error) {
+	path, err := under("/v1/agents/", name, "/set")
+	if err != nil {
+		return out, err
+	}
+	err = a.change(ctx, "POST", path, r, &out)
+	return out, err
+}
+
+// RecheckKey has an agent's key sign a test. An orphaned key that does is used again.
+func (a *Admin) RecheckKey(ctx context.Context, name string) (out api.AgentDetail, err error) {
+	err = a.act(ctx, "/v1/agents/", name, "/recheck", &out)
+	return out, err
+}
+
+// act makes a call that changes state and has no body.
+func (a *Admin) act(ctx context.Context, base, name, verb string, out any) error {
+	path, err := under(base, name, verb)
+	if err != nil {
+		return err
+	}
+	key, err := a.keyOf(ctx)
+	if err != nil {
+		return err
+	}
+	return a.do(ctx, call{method: "POST", path: path, key: key, again: key != ""}, out)
+}
+
 // ListKeys lists the keys on all backends.
 func (a *Admin) ListKeys(ctx context.Context) ([]api.Key, error) {
 	var out api.KeyList
@@ -109,4 +138,26 @@ func (a *Admin) Backends(ctx context.Context) ([]api.Backend, error) {
 	var out api.BackendList
 	err := a.get(ctx, "/v1/backends", &out)
 	return out.Backends, err
+}
+
+// ShowBackend returns one key backend.
+func (a *Admin) ShowBackend(ctx context.Context, name string) (out api.Backend, err error) {
+	path, err := under("/v1/backends/", name, "")
+	if err != nil {
+		return out, err
+	}
+	err = a.get(ctx, path, &out)
+	return out, err
+}
+
+// UnlockBackend has a backend try the authorisation that its device refused, exactly once.
+func (a *Admin) UnlockBackend(ctx context.Context, name string) (out api.Backend, err error) {
+	err = a.act(ctx, "/v1/backends/", name, "/unlock", &out)
+	return out, err
+}
+
+// ResetCanary takes a backend's device as it is.
+func (a *Admin) ResetCanary(ctx context.Context, name string) (out api.Backend, err error) {
+	err = a.act(ctx, "/v1/backends/", name, "/reset-canary", &out)
+	return out, err
 }

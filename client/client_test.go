@@ -117,6 +117,14 @@ func TestCallsMeanTheSame(t *testing.T) {
 		"export none": func(a both) (any, error) { return a.ExportPrivate(ctx, "x", api.ExportPrivateRequest{}) },
 		"keys":        func(a both) (any, error) { return a.ListKeys(ctx) },
 		"backends":    func(a both) (any, error) { return a.Backends(ctx) },
+		"backend":     func(a both) (any, error) { return a.ShowBackend(ctx, "memory") },
+		"no backend":  func(a both) (any, error) { return a.ShowBackend(ctx, "x") },
+		"unlock":      func(a both) (any, error) { return a.UnlockBackend(ctx, "memory") },
+		"unlock none": func(a both) (any, error) { return a.UnlockBackend(ctx, "x") },
+		"canary":      func(a both) (any, error) { return a.ResetCanary(ctx, "memory") },
+		"recheck":     func(a both) (any, error) { return a.RecheckKey(ctx, "planner") },
+		"set":         func(a both) (any, error) { return a.SetAgent(ctx, "planner", api.SetAgentRequest{Batching: "never"}) },
+		"set wrong":   func(a both) (any, error) { return a.SetAgent(ctx, "planner", api.SetAgentRequest{Batching: "x"}) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			here, err1 := call(m)

@@ -12,6 +12,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"math/big"
+	"strings"
 
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/ident"
@@ -64,18 +65,23 @@ func PSSOptions() *rsa.PSSOptions {
 // EncodeText returns the text of a plain (unbatched) signature: padded standard base64.
 func EncodeText(sig []byte) string { return base64.StdEncoding.EncodeToString(sig) }
 
+// base64std is the one encoding of a plain signature.
+var base64std = base64.StdEncoding.Strict()
+
+func hasLineEnd(s string) bool {
+	return strings.IndexByte(s, '\n') >= 0 || strings.IndexByte(s, '\r') >= 0
+}
+
 // ParseText reads the text of a plain signature by a key of the given algorithm. Only the one canonical encoding
 // of the exact length passes.
 func ParseText(alg ident.Algorithm, text string) ([]byte, error) {
 	if !alg.Valid() || len(text) != base64.StdEncoding.EncodedLen(alg.SignatureSize()) {
 		return nil, fault.BadField("signature", "not the base64 of a signature of %d bytes", alg.SignatureSize())
 	}
-	for i := 0; i < len(text); i++ {
-		if text[i] == '\r' || text[i] == '\n' { // the decoder would skip these
-			return nil, fault.BadField("signature", "not canonical base64")
-		}
+	if hasLineEnd(text) { // the decoder would skip these
+		return nil, fault.BadField("signature", "not canonical base64")
 	}
-	sig, err := base64.StdEncoding.Strict().DecodeString(text)
+	sig, err := base64std.DecodeString(text)
 	if err != nil || len(sig) != alg.SignatureSize() {
 		return nil, fault.BadField("signature", "not canonical base64")
 	}
@@ -93,10 +99,12 @@ const (
 	Record     Domain = "trustd/record/v1\x00"
 	Possession Domain = "trustd/possession/v1\x00"
 	Wrap       Domain = "trustd/wrap/v1\x00"
+	Batch      Domain = "trustd-batch/v1\x00"
+	Canary     Domain = "trustd/canary/v1\x00"
 )
 
 // Domains returns all domains.
-func Domains() []Domain { return []Domain{Message, Record, Possession, Wrap} }
+func Domains() []Domain { return []Domain{Message, Record, Possession, Wrap, Batch, Canary} }
 
 // Encode returns the domain, then each field as a big-endian 32-bit length and its bytes. The encoding is
 // injective: no two lists of fields give the same bytes.

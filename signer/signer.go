@@ -5,6 +5,7 @@ package signer
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/ident"
@@ -123,6 +124,29 @@ const (
 	Software         Grade = "software"          // a file, or an emulation that says what it is
 )
 
+// AtLeast reports whether g is as good as least. "" is lower than any grade, and so is a name that is none.
+func (g Grade) AtLeast(least Grade) bool { return g.rank() >= least.rank() }
+
+func (g Grade) rank() int {
+	switch g {
+	case HardwareAttested:
+		return 3
+	case HardwareClaimed:
+		return 2
+	case Software:
+		return 1
+	}
+	return 0
+}
+
+// ParseGrade reads the name of a grade.
+func ParseGrade(s string) (Grade, error) {
+	if g := Grade(s); g.rank() > 0 {
+		return g, nil
+	}
+	return "", fault.BadField("grade", "a grade is hardware-attested, hardware-claimed or software")
+}
+
 // An Origin says where a private key was made.
 type Origin string
 
@@ -146,6 +170,34 @@ type KeyInfo struct {
 	Problem   string
 }
 
+// A backend may also say how it fares. The daemon asks for these by assertion.
+type (
+	// Parallel says how many signatures the device makes at once; 1 where a backend does not say.
+	Parallel interface{ Parallel() int }
+	// FailureCounter counts the device's failures by class since the backend was opened, repaired ones included.
+	FailureCounter interface{ Failures() map[Class]uint64 }
+	// Unlocker forgets that the device refused the authorisation and tries it once more: an operator's verb. The PIN
+	// is read anew.
+	Unlocker interface {
+		Unlock(ctx context.Context) error
+	}
+)
+
+// ClassOf returns the class of a device's failure, on either side of a process boundary; "" where err has none.
+func ClassOf(err error) Class {
+	var c interface{ SignerClass() Class }
+	if errors.As(err, &c) {
+		return c.SignerClass()
+	}
+	return ""
+}
+
+// Classes returns the ten classes.
+func Classes() []Class {
+	return []Class{TransientBusy, SessionLost, HandleLost, LoginLost, TokenLost, ModuleDead, AuthorisationRefused,
+		ResourcesExhausted, KeyGone, CallerError}
+}
+
 // A Description is what a backend says of its device.
 type Description struct {
 	Kind       string            // pkcs11, tpm or soft
@@ -163,10 +215,16 @@ type Description struct {
 type State string
 
 const (
-	Ready    State = "ready"
-	Degraded State = "degraded" // gone for now; comes back by itself
-	Stopped  State = "stopped"  // an operator must act: a refused PIN, a module that is not there
+	Ready      State = "ready"
+	Degraded   State = "degraded"   // gone for now; comes back by itself
+	Recovering State = "recovering" // back, or being brought back: no signature has proved it yet
+	Locked     State = "locked"     // the device refused the authorisation: an operator must act
+	CrashLoop  State = "crash-loop" // the module or its process dies again and again; tried at growing intervals
+	Stopped    State = "stopped"    // cannot work as configured: a module or plugin that is not there or not the pinned one
 )
+
+// States returns the six states.
+func States() []State { return []State{Ready, Degraded, Recovering, Locked, CrashLoop, Stopped} }
 
 // A Class is one of the ten kinds of failure that every backend tells apart and acts on.
 type Class string

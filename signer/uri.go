@@ -9,12 +9,13 @@ import (
 )
 
 // A URI is the address of a key or a token, in the manner of RFC 7512: scheme, then attributes separated by ';',
-// then query attributes after '?' separated by '&'. Values are percent-encoded. The schemes are pkcs11, tpm and
-// soft; the attributes:
+// then query attributes after '?' separated by '&'. Values are percent-encoded. The schemes are pkcs11, tpm, soft and
+// plugin; the attributes:
 //
 //	pkcs11:token=LABEL;serial=SERIAL;id=%00%01...       a key by CKA_ID on the token with that label and serial
 //	tpm:id=HEX                                          a key of the TPM backend
 //	soft:id=HEX                                         a key of the software backend
+//	plugin:id=HEX                                       a key of another plugin
 //
 // A token is chosen by label and serial, never by slot.
 type URI struct {
@@ -36,8 +37,8 @@ func ParseURI(s string) (URI, error) {
 		return bad("a key URI has at most %d bytes", maxURI)
 	}
 	scheme, rest, ok := strings.Cut(s, ":")
-	if !ok || !slices.Contains([]string{"pkcs11", "tpm", "soft"}, scheme) {
-		return bad("a key URI starts with pkcs11:, tpm: or soft:")
+	if !ok || !slices.Contains([]string{"pkcs11", "tpm", "soft", "plugin"}, scheme) {
+		return bad("a key URI starts with pkcs11:, tpm:, soft: or plugin:")
 	}
 	if strings.Contains(rest, "?") {
 		return bad("a key URI holds no query attributes; module and PIN stand in the configuration")
