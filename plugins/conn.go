@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-plugin"
@@ -22,15 +23,23 @@ import (
 type conn struct {
 	host   *Host
 	dir    string
+	proc   *process // nil before it was launched
 	client *plugin.Client
 	rpc    signerpb.BackendClient
 	pid    int
 
+	operator bool                               // this child is an operator's attempt at the authorisation
+	since    time.Time                          // it is in service
+	proved   atomic.Bool                        // a signature came back, or there is nothing to prove
+	settled  atomic.Bool                        // it was ready once
+	taken    atomic.Bool                        // it took the PIN and was not ready since
+	said     atomic.Pointer[signer.Description] // of itself, last
+
 	requests  net.Conn // our end of the socket pair
 	receiving bool     // receive runs; the supervisor's own
 
-	ctx   context.Context // of the process: its end kills it
-	kill  context.CancelFunc
+	ctx   context.Context // of the calls that are the connection's own
+	end   context.CancelFunc
 	doubt chan error    // a caller's reason to believe that the child is lost; holds one
 	ended chan struct{} // closed when the child closed its end and all pending calls have failed
 
@@ -71,35 +80,143 @@ func newConn(h *Host, dir string) *conn {
 	c := &conn{
 		host: h, dir: dir, doubt: make(chan error, 1), ended: make(chan struct{}), pending: map[uint64]place{},
 	}
-	c.ctx, c.kill = context.WithCancel(context.Background())
+	c.ctx, c.end = context.WithCancel(context.Background())
 	return c
 }
 
-// watch returns when ctx ends, and with an error when the child has ended, does not answer, or has a call to the
-// device under way that is older than deadline.
-func (c *conn) watch(ctx context.Context, deadline time.Duration) error {
+// watch returns when ctx ends, with an operator's wish to unlock the device, and with an error when the child has
+// ended, does not answer, uses too much, or has a call to the device under way that is older than the deadline.
+func (c *conn) watch(ctx context.Context) (*unlocking, error) {
+	deadline := c.host.cfg.Deadline
 	tick := time.NewTicker(min(max(deadline/4, 10*time.Millisecond), time.Second))
 	defer tick.Stop()
+	watched, cancel := context.WithCancel(ctx)
+	var helpers sync.WaitGroup
+	defer helpers.Wait()
+	defer cancel()
+	helpers.Go(func() { c.weigh(watched) })
+	looking := make(chan struct{}, 1) // holds one while Describe runs
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
+			return nil, nil
 		case <-c.ended:
-			return errors.New("the plugin process ended")
+			return nil, c.doubted(errEnded)
 		case err := <-c.doubt:
-			return err
+			return nil, err
+		case u := <-c.host.unlocks:
+			if c.host.stands(u) {
+				return u, errUnlock
+			}
+			continue
 		case <-tick.C:
 		}
 		pinged, cancel := context.WithTimeout(c.ctx, deadline)
 		r, err := c.rpc.Ping(pinged, &signerpb.PingRequest{})
 		cancel()
 		if err != nil {
-			return fmt.Errorf("health check: %w", err)
+			return nil, c.doubted(fmt.Errorf("%w: %w", errSilent, err))
 		}
-		if oldest := time.Duration(r.GetOldestCallMs()) * time.Millisecond; oldest > deadline {
-			return fmt.Errorf("%w: %v", errHang, oldest)
+		c.stand(r.GetStanding())
+		oldest, slow := time.Duration(r.GetOldestCallMs())*time.Millisecond, time.Duration(r.GetOldestSlowMs())*time.Millisecond
+		if oldest > deadline || slow > max(slowLimit, deadline) {
+			return nil, fmt.Errorf("%w: %v", errHang, max(oldest, slow))
+		}
+		if !c.settled.Load() { // until it is known which token it found
+			select {
+			case looking <- struct{}{}:
+				helpers.Go(func() {
+					c.host.Describe(watched)
+					<-looking
+				})
+			default:
+			}
 		}
 	}
+}
+
+var (
+	errEnded  = errors.New("it ended")
+	errSilent = errors.New("it did not answer")
+)
+
+// doubted returns why somebody else gave the child up, and otherwise err.
+func (c *conn) doubted(err error) error {
+	select {
+	case earlier := <-c.doubt:
+		return earlier
+	default:
+		return err
+	}
+}
+
+// weigh ends the child when it uses too much.
+func (c *conn) weigh(ctx context.Context) {
+	tick := time.NewTicker(weighEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := c.host.cfg.Limits.exceeded(c.pid); err != nil {
+			c.suspect(err)
+			c.proc.kill()
+			return
+		}
+	}
+}
+
+// stand keeps what the child says of itself.
+func (c *conn) stand(s *signerpb.Standing) {
+	if s == nil {
+		return
+	}
+	if n := s.GetParallel(); n > 0 {
+		c.host.parallel.Store(int64(n))
+	}
+	counts := map[signer.Class]uint64{}
+	for class, n := range s.GetFailures() {
+		counts[signer.Class(class)] = n
+	}
+	c.host.failures.hear(c, counts)
+}
+
+// A death is why a child is no more.
+type death struct {
+	how string // what an operator may read
+	err error
+}
+
+func (d *death) Error() string {
+	if d.err == nil || d.err.Error() == d.how {
+		return d.how
+	}
+	return d.how + ": " + d.err.Error()
+}
+
+func (d *death) Unwrap() error { return d.err }
+
+// reason makes a death of what watch or a failed start returned. The child is stopped.
+func (c *conn) reason(err error) error {
+	how := ""
+	if c.proc != nil {
+		how = c.proc.reason()
+	}
+	var over *excess
+	switch {
+	case errors.As(err, &over):
+		how = over.text
+	case errors.Is(err, errHang):
+		how = errHang.Error()
+	case how != "": // it ended by itself
+	case errors.Is(err, errSilent):
+		how = errSilent.Error()
+	default:
+		how = "it did not work"
+	}
+	return &death{how, err}
 }
 
 // suspect tells the supervisor that the child does not work.
@@ -133,9 +250,12 @@ const (
 // stop ends the child and waits until it is gone: gently if it still works, otherwise by SIGKILL.
 func (c *conn) stop(gently bool) {
 	defer os.RemoveAll(c.dir)
-	defer c.kill()
+	defer c.end()
 	if !gently {
-		c.kill()
+		c.end()
+		if c.proc != nil {
+			c.proc.kill()
+		}
 	}
 	if c.requests != nil {
 		c.requests.Close()
@@ -156,7 +276,7 @@ func (c *conn) stop(gently bool) {
 		return
 	case <-time.After(graceful):
 	}
-	c.kill()
+	c.proc.kill()
 	select {
 	case <-done:
 	case <-time.After(abrupt): // something that the module started holds the pipes open
@@ -296,6 +416,9 @@ func (c *conn) receive() {
 			c.fail(err)
 			return
 		}
+		if frame.GetPinTaken() {
+			c.taken.Store(true)
+		}
 		c.deliver(frame.GetResults())
 	}
 }
@@ -311,6 +434,9 @@ func (c *conn) deliver(results []*signerpb.SignResult) {
 		delete(c.pending, r.GetId())
 		c.bytes -= p.size
 		p.call.results[p.at] = signer.Result{Signature: r.GetSignature(), Err: decodeError(r.GetError())}
+		if r.Error == nil && !c.proved.Load() {
+			c.proved.Store(true)
+		}
 		if p.call.missing--; p.call.missing == 0 {
 			close(p.call.done)
 		}

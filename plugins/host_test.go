@@ -52,16 +52,17 @@ func run(m *testing.M) int {
 }
 
 // config is that of a faulty plugin whose keys outlive it.
-func config(t testing.TB) plugins.PKCS11Config {
-	return plugins.PKCS11Config{
-		Name: "faulty", Binary: faulty, TokenLabel: "label", TokenSerial: filepath.Join(t.TempDir(), "keys"),
+func config(t testing.TB) plugins.Config {
+	return plugins.Config{
+		Name: "faulty", Binary: faulty, Kind: "soft", Verified: true,
+		Settings: map[string]string{"serial": filepath.Join(t.TempDir(), "keys")},
 		PIN:      func(context.Context) ([]byte, error) { return []byte("1234"), nil },
 		Deadline: 2 * time.Second, Env: map[string]string{},
 	}
 }
 
-func start(t testing.TB, cfg plugins.PKCS11Config) *plugins.Host {
-	h := plugins.NewPKCS11(cfg)
+func start(t testing.TB, cfg plugins.Config) *plugins.Host {
+	h := plugins.New(cfg)
 	ended := make(chan error, 1)
 	go func() { ended <- h.Run(context.Background()) }()
 	t.Cleanup(func() {
@@ -267,8 +268,8 @@ func TestClassesCross(t *testing.T) {
 		signer.ResourcesExhausted, signer.KeyGone, signer.CallerError, signer.AuthorisationRefused,
 	} {
 		_, err := k.Sign(t.Context(), []byte("class "+string(class)))
-		if fault.CodeOf(err) != class.Code() || plugins.ClassOf(err) != class {
-			t.Errorf("%s: arrived as %v of class %q", class, err, plugins.ClassOf(err))
+		if fault.CodeOf(err) != class.Code() || signer.ClassOf(err) != class {
+			t.Errorf("%s: arrived as %v of class %q", class, err, signer.ClassOf(err))
 		}
 		if strings.Contains(fault.From(err).Error(), string(class)) && class.Code() != fault.Code(class) {
 			t.Errorf("%s: the device's own text is in what callers see: %v", class, err)
@@ -279,7 +280,7 @@ func TestClassesCross(t *testing.T) {
 // TestRefusedPINIsNotTriedAgain counts the PINs that reach a child, over crashes of the child.
 func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	cfg := config(t)
-	cfg.Module = "refuse-pin"
+	cfg.Settings["module"] = "refuse-pin"
 	note := filepath.Join(t.TempDir(), "note")
 	cfg.Env["FAULTY_NOTE"] = note
 	h := start(t, cfg)
@@ -287,7 +288,7 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 		if _, err := h.Generate(t.Context(), "id", ident.Ed25519); !errors.Is(err, fault.AuthorisationRefused) {
 			t.Errorf("with a refused PIN: %v", err)
 		}
-		if d := h.Describe(t.Context()); d.State != signer.Stopped || d.Remedy == "" {
+		if d := h.Describe(t.Context()); d.State != signer.Locked || d.Remedy == "" {
 			t.Errorf("%+v", d)
 		}
 	}
@@ -298,7 +299,7 @@ func TestRefusedPINIsNotTriedAgain(t *testing.T) {
 	if _, err := h.Generate(t.Context(), "id", ident.Ed25519); !errors.Is(err, fault.AuthorisationRefused) {
 		t.Errorf("after the crash: %v", err)
 	}
-	if d := h.Describe(t.Context()); d.State != signer.Stopped || d.Remedy == "" {
+	if d := h.Describe(t.Context()); d.State != signer.Locked || d.Remedy == "" {
 		t.Errorf("after the crash: %+v", d)
 	}
 	text, err := os.ReadFile(note)
@@ -374,9 +375,9 @@ func TestStartFails(t *testing.T) {
 			cfg := config(t)
 			cfg.Env["FAULTY_START"] = how
 			h := start(t, cfg)
-			eventually(t, "degraded", func() bool {
+			eventually(t, "a crash loop", func() bool {
 				d := h.Describe(t.Context())
-				return d.State == signer.Degraded && d.Remedy != "" && strings.Contains(d.Problem, "did not start")
+				return d.State == signer.CrashLoop && d.Remedy != "" && strings.Contains(d.Problem, "times in a row")
 			})
 		})
 	}
@@ -481,7 +482,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 		t.Error("a closed backend signs")
 	}
 
-	h = plugins.NewPKCS11(config(t))
+	h = plugins.New(config(t))
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- h.Run(ctx) }()
@@ -533,8 +534,8 @@ func TestChildDiesWithItsParent(t *testing.T) {
 
 // parent is the process that TestChildDiesWithItsParent kills: it prints its child's pid and waits.
 func parent() {
-	h := plugins.NewPKCS11(plugins.PKCS11Config{
-		Binary: os.Getenv("TRUSTD_TEST_PARENT"), TokenSerial: os.Getenv("TRUSTD_TEST_KEYS"),
+	h := plugins.New(plugins.Config{
+		Binary: os.Getenv("TRUSTD_TEST_PARENT"), Settings: map[string]string{"serial": os.Getenv("TRUSTD_TEST_KEYS")},
 		PIN: func(context.Context) ([]byte, error) { return []byte("1234"), nil },
 	})
 	go func() { _ = h.Run(context.Background()) }()

@@ -7,6 +7,7 @@ import (
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/plugins/signerpb"
+	"github.com/trustd/trustd/signature"
 	"github.com/trustd/trustd/signer"
 )
 
@@ -28,7 +29,7 @@ func (k *key) Public() ident.PublicKey { return k.info.Public }
 
 func (k *key) Info() signer.KeyInfo { return k.info }
 
-// Sign implements signer.Signer. The child has verified the signature.
+// Sign implements signer.Signer.
 func (k *key) Sign(ctx context.Context, msg []byte) ([]byte, error) {
 	out := []signer.Result{{}}
 	k.sign(ctx, [][]byte{msg}, out)
@@ -66,6 +67,34 @@ func (k *key) sign(ctx context.Context, msgs [][]byte, out []signer.Result) {
 	if len(lost) > 0 && c.gone(ctx) == nil {
 		retry(ctx, k, msgs, out, lost)
 	}
+	if wrong := k.check(msgs, out, nil); len(wrong) > 0 {
+		retry(ctx, k, msgs, out, wrong)
+		k.check(msgs, out, wrong)
+	}
+}
+
+// check takes out signatures that do not verify, and returns their places. again are the only places to look at; nil
+// stands for all.
+func (k *key) check(msgs [][]byte, out []signer.Result, again []int) (wrong []int) {
+	if k.host.cfg.Verified {
+		return nil
+	}
+	if again == nil {
+		again = all(len(msgs))
+	}
+	for _, i := range again {
+		if out[i].Err != nil {
+			continue
+		}
+		if err := signature.Verify(k.info.Public, msgs[i], out[i].Signature); err != nil {
+			k.host.failures.add(signer.ModuleDead)
+			k.host.cfg.Log.Error("the plugin returned a signature that does not verify", "key", k.info.ID.String())
+			out[i] = signer.Result{Err: fault.Wrap(fault.DeviceDead, &remoteError{signer.ModuleDead, err.Error()},
+				"the plugin returned a signature that does not verify")}
+			wrong = append(wrong, i)
+		}
+	}
+	return wrong
 }
 
 // retry signs the messages named by lost once more and puts the results in their places.

@@ -6,8 +6,6 @@ import (
 	"io"
 	"log"
 	"log/slog"
-	"os"
-	"strings"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -15,9 +13,10 @@ import (
 // hclogger lets go-plugin log through slog. What go-plugin says of itself at info and below is of interest to
 // nobody but its authors and goes out as debug.
 type hclogger struct {
-	log  *slog.Logger
-	name string
-	args []any
+	log   *slog.Logger
+	name  string
+	args  []any
+	quiet bool // warnings too are debug: the host says itself what happens to the child
 }
 
 var _ hclog.Logger = (*hclogger)(nil)
@@ -31,7 +30,14 @@ var slogLevels = map[hclog.Level]slog.Level{
 }
 
 func (l *hclogger) Log(level hclog.Level, msg string, args ...any) {
-	l.log.Log(context.Background(), slogLevels[level], msg, pairs(args)...)
+	l.log.Log(context.Background(), l.level(level), msg, pairs(args)...)
+}
+
+func (l *hclogger) level(level hclog.Level) slog.Level {
+	if l.quiet {
+		return min(slogLevels[level], slog.LevelDebug)
+	}
+	return slogLevels[level]
 }
 
 func (l *hclogger) Trace(msg string, args ...any) { l.Log(hclog.Trace, msg, args...) }
@@ -41,7 +47,7 @@ func (l *hclogger) Warn(msg string, args ...any)  { l.Log(hclog.Warn, msg, args.
 func (l *hclogger) Error(msg string, args ...any) { l.Log(hclog.Error, msg, args...) }
 
 func (l *hclogger) enabled(level hclog.Level) bool {
-	return l.log.Enabled(context.Background(), slogLevels[level])
+	return l.log.Enabled(context.Background(), l.level(level))
 }
 
 func (l *hclogger) IsTrace() bool { return l.enabled(hclog.Trace) }
@@ -65,7 +71,7 @@ func (l *hclogger) GetLevel() hclog.Level {
 
 func (l *hclogger) With(args ...any) hclog.Logger {
 	all := append(l.args[:len(l.args):len(l.args)], args...)
-	return &hclogger{log: l.log.With(pairs(args)...), name: l.name, args: all}
+	return &hclogger{log: l.log.With(pairs(args)...), name: l.name, args: all, quiet: l.quiet}
 }
 
 func (l *hclogger) Named(name string) hclog.Logger {
@@ -76,7 +82,7 @@ func (l *hclogger) Named(name string) hclog.Logger {
 }
 
 func (l *hclogger) ResetNamed(name string) hclog.Logger {
-	return &hclogger{log: l.log, name: name, args: l.args}
+	return &hclogger{log: l.log, name: name, args: l.args, quiet: l.quiet}
 }
 
 func (l *hclogger) StandardLogger(*hclog.StandardLoggerOptions) *log.Logger {
@@ -101,24 +107,4 @@ func pairs(args []any) []any {
 		out = append(out, fmt.Sprint(args[i]), v)
 	}
 	return out
-}
-
-// childLog writes what the plugin process logs in the form that go-plugin reads on the other end of its standard
-// error.
-func childLog() *slog.Logger {
-	rename := func(groups []string, a slog.Attr) slog.Attr {
-		if len(groups) > 0 {
-			return a
-		}
-		switch a.Key {
-		case slog.LevelKey:
-			return slog.String("@level", strings.ToLower(a.Value.String()))
-		case slog.MessageKey:
-			a.Key = "@message"
-		case slog.TimeKey:
-			return slog.String("@timestamp", a.Value.Time().Format("2006-01-02T15:04:05.000000Z07:00"))
-		}
-		return a
-	}
-	return slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{ReplaceAttr: rename}))
 }

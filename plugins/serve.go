@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -26,40 +27,44 @@ import (
 
 // Settings are what the host tells the plugin process once it runs.
 type Settings struct {
-	Module      string
-	TokenLabel  string
-	TokenSerial string
-	PIN         func(context.Context) ([]byte, error)
-	Sessions    int
-	Log         *slog.Logger
+	// Values are the backend's settings from the daemon's configuration. A backend that reports a serial in
+	// Description.Limits["serial"] finds it as the value "serial" when it is started again: it must then accept no
+	// other device.
+	Values map[string]string
+	// PIN returns the PIN or other secret, or nothing where none is configured. A backend asks for it right before it
+	// shows it to the device, and clears it after use.
+	PIN func(context.Context) ([]byte, error)
+	// Sessions is how many signatures are worth making at once on this host: its number of processors.
+	Sessions int
+	Log      *slog.Logger
 }
+
+// Protocol is the version of the plugin protocol that this package speaks, on both ends.
+const Protocol = 2
 
 // handshake is a check against starting the binary by hand, not security: that is the mutual TLS between the ends.
 var handshake = plugin.HandshakeConfig{
-	ProtocolVersion: 1, MagicCookieKey: "TRUSTD_PLUGIN", MagicCookieValue: "signer",
+	ProtocolVersion: Protocol, MagicCookieKey: "TRUSTD_PLUGIN", MagicCookieValue: "signer",
 }
 
 const (
-	service    = "signer"
-	requestsFD = 3        // the child's socket for requests
-	maxMessage = 16 << 20 // that is signed; the daemon's own limit is far below
-	maxFrame   = 20 << 20 // that one end takes from the other through gRPC
+	service     = "signer"
+	requestsFD  = 3        // the child's socket for requests
+	maxMessage  = 16 << 20 // that is signed; the daemon's own limit is far below
+	maxFrame    = 20 << 20 // that one end takes from the other through gRPC
+	maxParallel = 256      // signatures at once
 )
 
 // Serve is the main function of a plugin process: it serves the backend that open makes until the host goes away.
 // It returns the process's exit code.
 func Serve(open func(Settings) signer.Backend) int {
+	s := &server{open: open, sessions: runtime.NumCPU(), keys: map[uint32]signer.Key{}}
+	s.log = childLog(&s.level)
 	harden()
-	sessions := runtime.NumCPU()
-	// A thread inside the module keeps its processor for a while: without spare ones, the goroutines that move
-	// requests and results would wait for it.
-	runtime.GOMAXPROCS(sessions + runtime.NumCPU())
-	s := &server{open: open, sessions: sessions, log: childLog(), keys: map[uint32]signer.Key{}}
 	unix.CloseOnExec(requestsFD) // what the module executes does not inherit it
-	go s.serveRequests(requestsFD)
 	plugin.Serve(&plugin.ServeConfig{
-		HandshakeConfig: handshake,
-		Plugins:         plugin.PluginSet{service: &servePlugin{server: s}},
+		HandshakeConfig:  handshake,
+		VersionedPlugins: map[int]plugin.PluginSet{Protocol: {service: &servePlugin{server: s}}},
 		GRPCServer: func(opts []grpc.ServerOption) *grpc.Server {
 			return grpc.NewServer(append(opts, grpc.MaxRecvMsgSize(maxFrame))...)
 		},
@@ -79,6 +84,8 @@ func harden() {
 	// The binary was executed by file descriptor, whose number would be its name in a process list.
 	_ = os.WriteFile("/proc/self/comm", []byte(filepath.Base(os.Args[0])), 0)
 	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
+	// Where memory runs out, the daemon is worth more than its plugins. Not possible once the process is undumpable.
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("500"), 0)
 	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
 	if null, err := os.Open(os.DevNull); err == nil {
 		_ = unix.Dup3(int(null.Fd()), 0, 0)
@@ -106,13 +113,17 @@ type server struct {
 	open     func(Settings) signer.Backend
 	sessions int
 	log      *slog.Logger
+	level    slog.LevelVar
 
 	mu    sync.RWMutex
 	inner signer.Backend
 	keys  map[uint32]signer.Key // by the ref that the host knows
 	last  uint32
 
-	running running
+	running  running // calls that are meant to be quick
+	slow     running
+	failures tally // at the boundary, for a backend that does not count itself
+	taken    atomic.Bool
 }
 
 func (s *server) backend() (signer.Backend, error) {
@@ -128,16 +139,43 @@ func (s *server) backend() (signer.Backend, error) {
 func (s *server) Configure(ctx context.Context, r *signerpb.ConfigureRequest) (*signerpb.DescribeResponse, error) {
 	s.mu.Lock()
 	if s.inner == nil {
+		if r.GetDebug() {
+			s.level.Set(slog.LevelDebug)
+		}
 		pin := slices.Clone(r.GetPin())
+		values := map[string]string{}
+		maps.Copy(values, r.GetSettings())
 		s.inner = s.open(Settings{
-			Module: r.GetModule(), TokenLabel: r.GetTokenLabel(), TokenSerial: r.GetTokenSerial(),
-			PIN:      func(context.Context) ([]byte, error) { return slices.Clone(pin), nil },
-			Sessions: s.sessions, Log: s.log,
+			Values: values, Sessions: s.sessions, Log: s.log,
+			PIN: func(context.Context) ([]byte, error) {
+				if len(pin) > 0 {
+					s.announcePIN()
+				}
+				return slices.Clone(pin), nil
+			},
 		})
+		workers := min(max(s.sessions, parallel(s.inner)), maxParallel)
+		// A thread inside the module keeps its processor for a while: without spare ones, the goroutines that move
+		// requests and results would wait for it.
+		runtime.GOMAXPROCS(workers + runtime.NumCPU())
+		s.serveRequests(requestsFD, workers)
 	}
 	s.mu.Unlock()
 	clear(r.GetPin())
 	return s.Describe(ctx, nil)
+}
+
+// announcePIN tells the host that the device is about to see the PIN. It does so on the socket, where the message
+// stays although this process dies in the next moment.
+func (s *server) announcePIN() {
+	s.taken.Store(true)
+	out, err := proto.Marshal(&signerpb.ResultFrame{PinTaken: true})
+	if err == nil {
+		_, err = unix.Write(requestsFD, out)
+	}
+	if err != nil {
+		s.log.Error("announcing the use of the PIN", "err", err)
+	}
 }
 
 // Describe answers with the backend's description.
@@ -146,17 +184,68 @@ func (s *server) Describe(ctx context.Context, _ *signerpb.DescribeRequest) (*si
 	if err != nil {
 		return &signerpb.DescribeResponse{Error: encodeError(err)}, nil
 	}
-	return encodeDescription(b.Describe(ctx)), nil
+	out := encodeDescription(b.Describe(ctx))
+	out.Standing = s.standing(b)
+	return out, nil
 }
 
 // Ping answers from memory.
 func (s *server) Ping(context.Context, *signerpb.PingRequest) (*signerpb.PingResponse, error) {
-	return &signerpb.PingResponse{OldestCallMs: s.running.oldest(time.Now()).Milliseconds()}, nil
+	now := time.Now()
+	out := &signerpb.PingResponse{
+		OldestCallMs: s.running.oldest(now).Milliseconds(), OldestSlowMs: s.slow.oldest(now).Milliseconds(),
+	}
+	if b, err := s.backend(); err == nil {
+		out.Standing = s.standing(b)
+	}
+	return out, nil
+}
+
+// Unlock hands an operator's wish to the backend.
+func (s *server) Unlock(ctx context.Context, _ *signerpb.UnlockRequest) (*signerpb.UnlockResponse, error) {
+	b, err := s.backend()
+	if err == nil {
+		if u, ok := b.(signer.Unlocker); ok {
+			err = u.Unlock(ctx)
+		} else {
+			err = fault.New(fault.Unsupported, "this backend unlocks nothing")
+		}
+	}
+	return &signerpb.UnlockResponse{Error: s.failed(err)}, nil
+}
+
+func parallel(b signer.Backend) int {
+	if p, ok := b.(signer.Parallel); ok {
+		return max(p.Parallel(), 1)
+	}
+	return 1
+}
+
+func (s *server) standing(b signer.Backend) *signerpb.Standing {
+	out := &signerpb.Standing{
+		Parallel: uint32(min(parallel(b), maxParallel)), Failures: map[string]uint64{}, PinTaken: s.taken.Load(),
+	}
+	counts := s.failures.counts()
+	if f, ok := b.(signer.FailureCounter); ok {
+		counts = f.Failures()
+	}
+	for class, n := range counts {
+		out.Failures[string(class)] = n
+	}
+	return out
+}
+
+// failed counts an error that leaves the backend, and makes it fit for the wire.
+func (s *server) failed(err error) *signerpb.Error {
+	if class := signer.ClassOf(err); class != "" {
+		s.failures.add(class)
+	}
+	return encodeError(err)
 }
 
 // Generate makes a key and keeps it open.
 func (s *server) Generate(ctx context.Context, r *signerpb.GenerateRequest) (*signerpb.KeyResponse, error) {
-	return s.key(func(b signer.Backend) (signer.Key, error) {
+	return s.key(&s.slow, func(b signer.Backend) (signer.Key, error) {
 		alg := ident.Algorithm(0) // what no byte can hold is no algorithm either
 		if r.GetAlgorithm() <= math.MaxUint8 {
 			alg = ident.Algorithm(r.GetAlgorithm())
@@ -167,7 +256,7 @@ func (s *server) Generate(ctx context.Context, r *signerpb.GenerateRequest) (*si
 
 // Open opens a key.
 func (s *server) Open(ctx context.Context, r *signerpb.OpenRequest) (*signerpb.KeyResponse, error) {
-	return s.key(func(b signer.Backend) (signer.Key, error) {
+	return s.key(&s.running, func(b signer.Backend) (signer.Key, error) {
 		pub, err := ident.ParseSPKI(r.GetSpki())
 		if err != nil {
 			return nil, err
@@ -179,7 +268,7 @@ func (s *server) Open(ctx context.Context, r *signerpb.OpenRequest) (*signerpb.K
 // Import takes a private key in and keeps it open.
 func (s *server) Import(ctx context.Context, r *signerpb.ImportRequest) (*signerpb.KeyResponse, error) {
 	defer clear(r.GetPkcs8())
-	return s.key(func(b signer.Backend) (signer.Key, error) {
+	return s.key(&s.slow, func(b signer.Backend) (signer.Key, error) {
 		i, ok := b.(signer.Importer)
 		if !ok {
 			return nil, fault.New(fault.Unsupported, "this backend imports no keys")
@@ -188,14 +277,16 @@ func (s *server) Import(ctx context.Context, r *signerpb.ImportRequest) (*signer
 	})
 }
 
-func (s *server) key(get func(signer.Backend) (signer.Key, error)) (*signerpb.KeyResponse, error) {
+func (s *server) key(in *running, get func(signer.Backend) (signer.Key, error)) (*signerpb.KeyResponse, error) {
 	b, err := s.backend()
 	if err != nil {
 		return &signerpb.KeyResponse{Error: encodeError(err)}, nil
 	}
+	done := in.start(time.Now())
 	k, err := get(b)
+	done()
 	if err != nil {
-		return &signerpb.KeyResponse{Error: encodeError(err)}, nil
+		return &signerpb.KeyResponse{Error: s.failed(err)}, nil
 	}
 	s.mu.Lock()
 	s.last++
@@ -211,9 +302,11 @@ func (s *server) Find(ctx context.Context, r *signerpb.FindRequest) (*signerpb.K
 	if err != nil {
 		return &signerpb.KeyResponse{Error: encodeError(err)}, nil
 	}
+	done := s.running.start(time.Now())
 	info, err := b.Find(ctx, signer.ID(r.GetId()))
+	done()
 	if err != nil {
-		return &signerpb.KeyResponse{Error: encodeError(err)}, nil
+		return &signerpb.KeyResponse{Error: s.failed(err)}, nil
 	}
 	return &signerpb.KeyResponse{Info: encodeInfo(info)}, nil
 }
@@ -224,8 +317,10 @@ func (s *server) Keys(ctx context.Context, _ *signerpb.KeysRequest) (*signerpb.K
 	if err != nil {
 		return &signerpb.KeysResponse{Error: encodeError(err)}, nil
 	}
+	done := s.slow.start(time.Now())
 	keys, err := b.Keys(ctx)
-	out := &signerpb.KeysResponse{Error: encodeError(err)}
+	done()
+	out := &signerpb.KeysResponse{Error: s.failed(err)}
 	for _, k := range keys {
 		out.Keys = append(out.Keys, encodeInfo(k))
 	}
@@ -236,20 +331,20 @@ func (s *server) Keys(ctx context.Context, _ *signerpb.KeysRequest) (*signerpb.K
 func (s *server) Destroy(ctx context.Context, r *signerpb.DestroyRequest) (*signerpb.DestroyResponse, error) {
 	b, err := s.backend()
 	if err == nil {
+		done := s.running.start(time.Now())
 		err = b.Destroy(ctx, signer.ID(r.GetId()))
+		done()
 	}
-	return &signerpb.DestroyResponse{Error: encodeError(err)}, nil
+	return &signerpb.DestroyResponse{Error: s.failed(err)}, nil
 }
 
-// serveRequests signs what comes in on the socket, with as many workers as there are sessions: the kernel wakes them
-// in turn, and more of them would only come with colder caches. Each worker is a thread that blocks in the kernel: a
-// request wakes one, which reads, signs, verifies and answers, and no other goroutine.
-func (s *server) serveRequests(socket int) {
-	var workers sync.WaitGroup
-	for range s.sessions {
-		workers.Go(func() { s.work(socket) })
+// serveRequests signs what comes in on the socket, with as many workers as signatures are worth making at once: the
+// kernel wakes them in turn, and more of them would only come with colder caches. Each worker is a thread that blocks in
+// the kernel: a request wakes one, which reads, signs, verifies and answers, and no other goroutine.
+func (s *server) serveRequests(socket, workers int) {
+	for range workers {
+		go s.work(socket)
 	}
-	workers.Wait()
 }
 
 func (s *server) work(socket int) {
@@ -302,7 +397,7 @@ func (s *server) signOne(r *signerpb.SignRequest) *signerpb.SignResult {
 	defer done()
 	// No deadline of its own: the host kills a process whose call does not come back.
 	sig, err := k.Sign(context.Background(), r.GetMessage())
-	return &signerpb.SignResult{Id: r.GetId(), Signature: sig, Error: encodeError(err)}
+	return &signerpb.SignResult{Id: r.GetId(), Signature: sig, Error: s.failed(err)}
 }
 
 // running knows when each call that runs was started.
@@ -333,4 +428,14 @@ func (r *running) oldest(now time.Time) time.Duration {
 		}
 	}
 	return longest
+}
+
+// Fail returns the error for a failure of a class, as a backend returns it: text may reach callers and says nothing of
+// the device's own words; cause stays in the daemon's log.
+func Fail(class signer.Class, cause error, text string) error {
+	what := ""
+	if cause != nil {
+		what = cause.Error()
+	}
+	return fault.Wrap(class.Code(), &remoteError{class, what}, "%s", text)
 }

@@ -7,14 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/go-plugin"
+	"github.com/hashicorp/go-plugin/runner"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
@@ -32,13 +37,60 @@ var (
 	errHandshake = errors.New("the plugin did not start")
 )
 
-// start makes one child and configures it. It is called by the supervisor's thread alone.
-func (h *Host) start(ctx context.Context) (*conn, error) {
+// A skew is a plugin that speaks another version of the protocol.
+type skew struct{ theirs int }
+
+func (s *skew) Error() string {
+	return fmt.Sprintf("the plugin speaks version %d of the plugin protocol and this trustd version %d", s.theirs, Protocol)
+}
+
+// aboutBinary reports whether only another binary helps.
+func aboutBinary(err error) bool {
+	for _, cause := range []error{errNoBinary, errUnsafe, errChanged, errBadSum} {
+		if errors.Is(err, cause) {
+			return true
+		}
+	}
+	return errors.As(err, new(*skew))
+}
+
+// died reports whether err is the end of a process.
+func died(err error) bool { return errors.As(err, new(*death)) }
+
+// last says how the process ended.
+func last(err error) string {
+	var d *death
+	if errors.As(err, &d) {
+		return d.how
+	}
+	return "it did not work"
+}
+
+// start makes one child and configures it. operator says that an operator wants the authorisation tried. It is called
+// by the supervisor's thread alone.
+func (h *Host) start(ctx context.Context, operator bool) (*conn, error) {
+	h.seen = look(h.cfg.Binary)
 	pin, err := h.readPIN(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer clear(pin)
+	h.pin.give(pin)
+	c, err := h.open()
+	if err != nil {
+		return nil, err
+	}
+	c.operator = operator
+	if err := h.configure(ctx, c, pin); err != nil {
+		c.stop(false)
+		h.bury(c, ctx.Err() == nil)
+		return nil, c.reason(err)
+	}
+	return c, nil
+}
+
+// open executes the binary and shakes hands.
+func (h *Host) open() (*conn, error) {
 	binary, err := openBinary(h.cfg.Binary)
 	if err != nil {
 		return nil, err
@@ -53,36 +105,51 @@ func (h *Host) start(ctx context.Context) (*conn, error) {
 		return nil, fmt.Errorf("making the folder for the socket: %w", err)
 	}
 	c := newConn(h, dir)
-	if err := c.launch(binary, sum, h); err != nil {
+	h.failures.follow(c)
+	if err := c.launch(binary); err != nil {
 		c.stop(false)
-		return nil, fmt.Errorf("%w: %w", errHandshake, err)
-	}
-	h.sum = sum // from the first start that succeeded: a file that was still being written is not pinned
-	configured, cancel := context.WithTimeout(ctx, configureLimit)
-	defer cancel()
-	r, err := c.rpc.Configure(configured, &signerpb.ConfigureRequest{
-		Module: h.cfg.Module, TokenLabel: h.cfg.TokenLabel, TokenSerial: h.cfg.TokenSerial, Pin: pin,
-	})
-	if err != nil {
-		c.stop(false)
-		return nil, fmt.Errorf("configuring the plugin: %w", err)
-	}
-	go c.receive()
-	c.receiving = true
-	if d := decodeDescription(r); d.State != signer.Ready {
-		h.cfg.Log.Warn("the token is not ready", "state", d.State, "problem", d.Problem, "remedy", d.Remedy)
-		if d.State == signer.Stopped && d.Limits[limitPIN] == pinRefused {
-			h.refused.CompareAndSwap(nil, fault.New(fault.AuthorisationRefused, "the token refused the PIN"))
+		if other := c.skew(); other != nil {
+			return nil, other
 		}
+		h.failures.add(signer.ModuleDead)
+		return nil, c.reason(fmt.Errorf("%w: %w", errHandshake, err))
+	}
+	if !h.cfg.Dev {
+		h.sum = sum // from the first start that succeeded: a file that was still being written is not pinned
 	}
 	return c, nil
 }
 
-// Describe's limit by which a backend says that the token refused its PIN.
-const (
-	limitPIN   = "pin"
-	pinRefused = "refused"
-)
+func (h *Host) configure(ctx context.Context, c *conn, pin []byte) error {
+	go c.receive()
+	c.receiving = true
+	ctx, cancel := context.WithTimeoutCause(ctx, configureLimit, errHang)
+	defer cancel()
+	settings := maps.Clone(h.cfg.Settings)
+	if serial := h.serial.Load(); serial != nil && settings[settingSerial] == "" {
+		if settings == nil {
+			settings = map[string]string{}
+		}
+		settings[settingSerial] = *serial
+	}
+	r, err := c.rpc.Configure(ctx, &signerpb.ConfigureRequest{
+		Settings: settings, Pin: pin, Debug: h.cfg.Log.Enabled(ctx, slog.LevelDebug),
+	})
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		return fmt.Errorf("configuring the plugin: %w", err)
+	}
+	d := h.described(c, r)
+	if c.operator {
+		h.unlock(ctx, c)
+	}
+	if d.State != signer.Ready {
+		h.cfg.Log.Warn("the device is not ready", "state", d.State, "problem", d.Problem, "remedy", d.Remedy)
+	}
+	return nil
+}
 
 func (h *Host) readPIN(ctx context.Context) ([]byte, error) {
 	if h.cfg.PIN == nil {
@@ -97,6 +164,19 @@ func (h *Host) readPIN(ctx context.Context) ([]byte, error) {
 		return nil, e
 	}
 	return nil, fault.Wrap(fault.AuthorisationRefused, errors.Join(errPIN, err), "the PIN cannot be read")
+}
+
+// look returns what changes when a file does.
+func look(path string) string {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err.Error()
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return info.ModTime().String()
+	}
+	return fmt.Sprint(stat.Dev, stat.Ino, stat.Size, stat.Mode, stat.Mtim, stat.Ctim)
 }
 
 // openBinary opens the binary. What is checked and what is executed is the open file, so that nothing can be put in
@@ -122,18 +202,23 @@ func openBinary(path string) (*os.File, error) {
 	return f, nil
 }
 
-// checksum returns the sum that the binary must have: the configured one, that of the first start, or its own.
+// checksum returns the binary's sum, and an error where it is not the configured one or that of the first start.
 func (h *Host) checksum(binary io.Reader) ([]byte, error) {
-	switch {
-	case h.sum != nil:
-		return h.sum, nil
-	case h.cfg.SHA256 != "":
-		sum, err := hex.DecodeString(h.cfg.SHA256)
-		if err != nil || len(sum) != sha256.Size {
+	want := h.sum
+	if want == nil && h.cfg.SHA256 != "" {
+		var err error
+		if want, err = hex.DecodeString(h.cfg.SHA256); err != nil || len(want) != sha256.Size {
 			return nil, errBadSum
 		}
-		return sum, nil
 	}
+	sum, err := sumOf(binary)
+	if err == nil && want != nil && string(sum) != string(want) {
+		err = errChanged
+	}
+	return sum, err
+}
+
+func sumOf(binary io.Reader) ([]byte, error) {
 	sum := sha256.New()
 	if _, err := io.Copy(sum, binary); err != nil {
 		return nil, fmt.Errorf("%w: %w", errNoBinary, err)
@@ -142,43 +227,66 @@ func (h *Host) checksum(binary io.Reader) ([]byte, error) {
 }
 
 // launch executes the binary and shakes hands.
-func (c *conn) launch(binary *os.File, sum []byte, h *Host) error {
+func (c *conn) launch(binary *os.File) error {
+	h := c.host
 	theirs, err := c.pair()
 	if err != nil {
 		return err
 	}
 	defer theirs.Close()
-	cmd := exec.CommandContext(c.ctx, fmt.Sprintf("/proc/self/fd/%d", binary.Fd()))
-	cmd.Args = []string{filepath.Base(h.cfg.Binary)}
-	cmd.Dir = "/"
-	cmd.Env = childEnv(h.cfg.Env, c.dir)
-	cmd.ExtraFiles = []*os.File{theirs} // requestsFD
-	// Of a group of its own, so that a terminal's interrupt reaches the daemon first.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	out := newOutput(h.cfg.Log)
 	c.client = plugin.NewClient(&plugin.ClientConfig{
 		HandshakeConfig:  handshake,
-		Plugins:          plugin.PluginSet{service: dialPlugin{}},
-		Cmd:              cmd,
-		SecureConfig:     &plugin.SecureConfig{Checksum: sum, Hash: sha256.New()},
+		VersionedPlugins: map[int]plugin.PluginSet{Protocol: {service: dialPlugin{}}},
+		RunnerFunc: func(_ hclog.Logger, theirs2 *exec.Cmd, _ string) (runner.Runner, error) {
+			cmd := exec.Command(fmt.Sprintf("/proc/self/fd/%d", binary.Fd()))
+			cmd.Args = []string{filepath.Base(h.cfg.Binary)}
+			cmd.Dir = "/"
+			cmd.Env = append(childEnv(h.cfg.Env), theirs2.Env...)
+			cmd.ExtraFiles = []*os.File{theirs} // requestsFD
+			// Of a group of its own, so that a terminal's interrupt reaches the daemon first.
+			cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+			c.proc = newProcess(cmd, out, h.cfg.Limits)
+			return c.proc, nil
+		},
+		UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: c.dir},
+		SyncStdout:       out.writer("stdout"),
+		SyncStderr:       out.writer("stderr"),
 		AutoMTLS:         true,
 		SkipHostEnv:      true,
 		StartTimeout:     startLimit,
 		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC},
-		Logger:           &hclogger{log: h.cfg.Log},
+		Logger:           &hclogger{log: h.cfg.Log, quiet: true},
 	})
 	protocol, err := c.client.Client()
-	if errors.Is(err, plugin.ErrChecksumsDoNotMatch) {
-		return errors.Join(errChanged, err)
-	}
 	if err != nil {
 		return err
 	}
-	c.pid = cmd.Process.Pid
+	c.pid = c.proc.cmd.Process.Pid
+	if err := h.cfg.Limits.impose(c.pid); err != nil {
+		return err
+	}
 	stub, err := protocol.Dispense(service)
 	if err != nil {
 		return err
 	}
 	c.rpc = stub.(signerpb.BackendClient)
+	return nil
+}
+
+// skew returns an error where the child's handshake names another version of the protocol. Its form is
+// CORE-VERSION|VERSION|NETWORK|ADDRESS|...
+func (c *conn) skew() error {
+	if c.proc == nil {
+		return nil
+	}
+	parts := strings.Split(c.proc.handshake(), "|")
+	if len(parts) < 4 || parts[0] != strconv.Itoa(plugin.CoreProtocolVersion) {
+		return nil
+	}
+	if n, err := strconv.Atoi(parts[1]); err == nil && n != Protocol {
+		return &skew{n}
+	}
 	return nil
 }
 
@@ -208,9 +316,9 @@ func (dialPlugin) GRPCClient(_ context.Context, _ *plugin.GRPCBroker, cc *grpc.C
 	return signerpb.NewBackendClient(cc), nil
 }
 
-// childEnv returns the child's whole environment.
-func childEnv(extra map[string]string, dir string) []string {
-	env := []string{plugin.EnvUnixSocketDir + "=" + dir}
+// childEnv returns what of the child's environment is the plugin's own.
+func childEnv(extra map[string]string) []string {
+	var env []string
 	for k, v := range extra {
 		if !strings.HasPrefix(k, "PLUGIN_") && k != handshake.MagicCookieKey {
 			env = append(env, k+"="+v)
@@ -219,14 +327,15 @@ func childEnv(extra map[string]string, dir string) []string {
 	return env
 }
 
-// maxSocketDir leaves room for the name that go-plugin gives the socket: a Unix socket's path has 107 bytes.
-const maxSocketDir = 107 - len("/plugin4294967295") - 1
+// maxSocketDir leaves room for the names that go-plugin gives to a folder and to the socket in it: a Unix socket's
+// path has 107 bytes.
+const maxSocketDir = 107 - len("/plugin-dir4294967295") - len("/plugin4294967295")
 
 // socketDir makes a private folder for the child's socket, under base where that gives a path that is short enough.
 func socketDir(base string) (string, error) {
-	const pattern = "trustd-plugin-*"
+	const pattern = "trustd-*"
 	for _, b := range []string{base, os.TempDir(), "/tmp"} {
-		if b == "" || len(b)+len(pattern)+len("4294967295") > maxSocketDir {
+		if b == "" || len(b)+len("/")+len(pattern)+len("4294967295") > maxSocketDir {
 			continue
 		}
 		return os.MkdirTemp(b, pattern) // mode 0700
@@ -236,33 +345,39 @@ func socketDir(base string) (string, error) {
 
 // diagnose says what it means that there is no child, and what to do.
 func diagnose(err error) (signer.State, string, string) {
+	var other *skew
+	if errors.As(err, &other) {
+		return signer.Stopped, other.Error(), "install the plugin and trustd of one release, or build the plugin anew"
+	}
 	for _, d := range diagnoses {
 		if errors.Is(err, d.cause) {
-			return d.state, d.cause.Error(), d.remedy
+			return signer.Stopped, d.cause.Error(), d.remedy
 		}
+	}
+	if died(err) {
+		return signer.Recovering, "the plugin died: " + last(err), "it is started again by itself; the log has what it wrote"
 	}
 	e := fault.From(err)
 	switch {
 	case e == nil:
-		return signer.Degraded, "the plugin process ended", "it is started again by itself"
-	case e.Code == fault.AuthorisationRefused || e.Code == fault.InsecureSecret:
+		return signer.Recovering, "the plugin process ended", "it is started again by itself"
+	case e.Code == fault.AuthorisationRefused && signer.ClassOf(err) == signer.AuthorisationRefused:
+		return signer.Locked, e.Error(), e.Code.Hint()
+	case e.Code == fault.AuthorisationRefused || e.Code == fault.InsecureSecret: // there is no PIN to show to the device
 		return signer.Stopped, e.Error(), e.Code.Hint()
 	case e.Code == fault.Internal:
-		return signer.Degraded, "the plugin process died", "it is started again by itself; the log has the cause"
+		return signer.Recovering, "the plugin could not be started", "it is tried again by itself; the log has the cause"
 	}
 	return signer.Degraded, e.Error(), e.Code.Hint()
 }
 
 var diagnoses = []struct {
 	cause  error
-	state  signer.State
 	remedy string
 }{
-	{errNoBinary, signer.Stopped, "install trustd-pkcs11 or correct its path in the backend's configuration"},
-	{errUnsafe, signer.Stopped, "chmod o-w the plugin binary"},
-	{errChanged, signer.Stopped, "restore the binary, or correct the checksum and restart the daemon"},
-	{errBadSum, signer.Stopped, "correct the checksum in the backend's configuration: sha256sum prints it"},
-	{errPIN, signer.Stopped, "correct the PIN source in the backend's configuration"},
-	{errHandshake, signer.Degraded, "check that the binary is trustd-pkcs11 of this release; the log has the cause"},
-	{errHang, signer.Degraded, "it is started again by itself; if it hangs again, check the device"},
+	{errNoBinary, "install the plugin or correct its path in the backend's configuration"},
+	{errUnsafe, "chmod o-w the plugin binary"},
+	{errChanged, "restore the binary, or correct the checksum and restart the daemon"},
+	{errBadSum, "correct the checksum in the backend's configuration: sha256sum prints it"},
+	{errPIN, "correct the PIN source in the backend's configuration"},
 }

@@ -1,7 +1,6 @@
 package plugins
 
 import (
-	"errors"
 	"slices"
 	"time"
 
@@ -25,22 +24,13 @@ func (e *remoteError) Error() string { return e.text }
 // SignerClass returns the class of failure.
 func (e *remoteError) SignerClass() signer.Class { return e.class }
 
-// ClassOf returns the class of a device's failure, on either side of the boundary; "" where err has none.
-func ClassOf(err error) signer.Class {
-	var c interface{ SignerClass() signer.Class }
-	if errors.As(err, &c) {
-		return c.SignerClass()
-	}
-	return ""
-}
-
 func encodeError(err error) *signerpb.Error {
 	if err == nil {
 		return nil
 	}
 	e := fault.From(err)
 	out := &signerpb.Error{
-		Code: string(e.Code), Class: string(ClassOf(err)), Field: e.Field, Text: e.Text, Hint: e.Hint,
+		Code: string(e.Code), Class: string(signer.ClassOf(err)), Field: e.Field, Text: e.Text, Hint: e.Hint,
 		RetryAfterMs: e.RetryAfter.Milliseconds(),
 	}
 	if e.Err != nil {

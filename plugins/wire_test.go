@@ -42,7 +42,7 @@ func TestErrorsSurviveTheBoundary(t *testing.T) {
 			}
 			out := decodeError(&p)
 			var e *fault.Error
-			if !errors.As(out, &e) || !reflect.DeepEqual(in, e) || !errors.Is(out, code) || ClassOf(out) != class {
+			if !errors.As(out, &e) || !reflect.DeepEqual(in, e) || !errors.Is(out, code) || signer.ClassOf(out) != class {
 				t.Errorf("%s/%s arrives as %+v", code, class, e)
 			}
 		}

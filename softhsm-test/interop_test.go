@@ -296,7 +296,7 @@ func TestWrongPIN(t *testing.T) {
 		if _, err := h.Generate(t.Context(), newID(t), ident.Ed25519); !errors.Is(err, fault.AuthorisationRefused) {
 			t.Errorf("with a wrong PIN: %v", err)
 		}
-		if d := h.Describe(t.Context()); d.State != signer.Stopped || d.Remedy == "" || strings.Contains(d.Problem, "CKR_") {
+		if d := h.Describe(t.Context()); d.State != signer.Locked || d.Remedy == "" || strings.Contains(d.Problem, "CKR_") {
 			t.Errorf("%+v", d)
 		}
 	}

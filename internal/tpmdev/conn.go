@@ -1,6 +1,7 @@
 package tpmdev
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -16,6 +17,7 @@ import (
 type Conn struct {
 	link   link
 	dev    *Device
+	ctx    context.Context // of the job that runs
 	epoch  uint64
 	broken error // why the connection cannot be used any more
 }
@@ -34,8 +36,17 @@ const (
 	rcInit      = uint32(tpm2.TPMRCInitialize)
 )
 
+// Abandon has the connection closed when the job ends, and made anew for the next one: for a user who cannot tell any
+// more what is loaded on the TPM, or whether it works. cause is what commands return until then.
+func (c *Conn) Abandon(cause error) {
+	if c.broken == nil {
+		c.broken = cause
+	}
+}
+
 // Send sends one command and returns the whole response. A TPM that says it is busy gets the same bytes again, for
-// as long as the command may take: it did not begin the command, so session nonces still hold.
+// as long as the command may take and somebody waits for it: it did not begin the command, so session nonces still
+// hold.
 func (c *Conn) Send(cmd []byte) ([]byte, error) {
 	if len(cmd) < headerSize || int(binary.BigEndian.Uint32(cmd[2:])) != len(cmd) {
 		return nil, fault.New(fault.Internal, "not a TPM command")
@@ -50,10 +61,25 @@ func (c *Conn) Send(cmd []byte) ([]byte, error) {
 		if rc == rcInit && commandCode(cmd) != tpm2.TPMCCStartup {
 			return rsp, c.restarted()
 		}
-		if !busy(tpm2.TPMRC(rc)) || time.Now().Add(pause).After(deadline) {
+		if !busy(tpm2.TPMRC(rc)) {
 			return rsp, nil
 		}
-		time.Sleep(pause) // the device's own pace: nobody else could use it meanwhile
+		c.dev.report(tpm2.TPMRC(rc))
+		if time.Now().Add(pause).After(deadline) || !wait(c.ctx, pause) {
+			return rsp, nil
+		}
+	}
+}
+
+// wait pauses at the device's own pace, for nobody else could use it meanwhile, and reports whether ctx still holds.
+func wait(ctx context.Context, pause time.Duration) bool {
+	t := time.NewTimer(pause)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -72,6 +98,7 @@ func (c *Conn) exchange(cmd []byte, deadline time.Time) ([]byte, error) {
 	default:
 		c.broken = errors.Join(ErrLost, err)
 	}
+	c.dev.report(c.broken)
 	return nil, c.broken
 }
 
@@ -87,8 +114,10 @@ func (c *Conn) lost() error {
 // restarted handles a TPM that was reset under an open connection and waits for TPM2_Startup. The command that
 // found out was not begun; its response says so, and the new epoch tells the user to begin afresh.
 func (c *Conn) restarted() error {
-	if _, err := (tpm2.Startup{StartupType: tpm2.TPMSUClear}).Execute(c); err != nil {
-		return err
+	c.dev.report(tpm2.TPMRCInitialize)
+	_, err := (tpm2.Startup{StartupType: tpm2.TPMSUClear}).Execute(c)
+	if err != nil && !errors.Is(err, tpm2.TPMRCInitialize) { // which says here that somebody else was faster
+		return c.readable(err)
 	}
 	c.dev.log.Warn("TPM was reset", "device", c.dev.addr.String())
 	c.dev.epoch++
@@ -104,7 +133,7 @@ func (c *Conn) prepare() error {
 		clock, err = tpm2.ReadClock{}.Execute(c)
 	}
 	if err != nil {
-		return err
+		return c.readable(err)
 	}
 	if n := clock.CurrentTime.ClockInfo.ResetCount; c.dev.epoch > 0 && n != c.dev.resets {
 		c.dev.log.Warn("TPM was reset", "device", c.dev.addr.String(), "resets", n)
@@ -113,30 +142,36 @@ func (c *Conn) prepare() error {
 	if c.Managed() {
 		return nil
 	}
-	return c.flushAll()
+	_, err = c.FlushAll()
+	return err
 }
 
-// FlushAll flushes every transient object and loaded session of this connection; on a TPM without a resource
-// manager those of everybody, of whom there can be none but us.
-func (c *Conn) FlushAll() error { return c.flushAll() }
-
-func (c *Conn) flushAll() error {
-	for _, first := range []tpm2.TPMHandle{transientFirst, sessionFirst} {
+// FlushAll flushes every transient object of this connection. On a TPM without a resource manager it flushes the loaded
+// sessions as well, and what is everybody's, of whom there can be none but us. The kernel's resource manager shows
+// only our objects, but everybody's sessions, so there sessions stay. It returns how many handles it found.
+func (c *Conn) FlushAll() (int, error) {
+	found := 0
+	kinds := []tpm2.TPMHandle{transientFirst, sessionFirst}
+	if c.Managed() {
+		kinds = kinds[:1]
+	}
+	for _, first := range kinds {
 		handles, err := c.handles(first)
 		if err != nil {
-			return err
+			return found, err
 		}
+		found += len(handles)
 		for _, h := range handles {
 			_, err := (tpm2.FlushContext{FlushHandle: h}).Execute(c)
 			if c.broken != nil {
-				return err
+				return found, err
 			}
 			if err != nil {
 				c.dev.log.Warn("flushing a TPM handle failed", "cause", err)
 			}
 		}
 	}
-	return nil
+	return found, nil
 }
 
 const (
@@ -150,13 +185,23 @@ func (c *Conn) handles(first tpm2.TPMHandle) ([]tpm2.TPMHandle, error) {
 		Capability: tpm2.TPMCapHandles, Property: uint32(first), PropertyCount: handlesAsked,
 	}.Execute(c)
 	if err != nil {
-		return nil, err
+		return nil, c.readable(err)
 	}
 	list, err := rsp.CapabilityData.Data.Handles()
 	if err != nil {
-		return nil, err
+		return nil, c.readable(err)
 	}
 	return list.Handle, nil
+}
+
+// readable gives the connection up when err is no response code: what answers does not speak as a TPM does.
+func (c *Conn) readable(err error) error {
+	var rc tpm2.TPMRC
+	if c.broken == nil && !errors.As(err, &rc) {
+		c.broken = errors.Join(ErrLost, err)
+		c.dev.report(c.broken)
+	}
+	return err
 }
 
 // busy reports whether the TPM did not begin the command and asks for it again.

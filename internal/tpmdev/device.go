@@ -1,4 +1,4 @@
-// Package tpmdev owns one TPM 2.0: one connection, one goroutine that talks on it, one queue in front. Everything
+// Package tpmdev owns one TPM 2.0: one connection, one job at a time that talks on it, one queue in front. Everything
 // that uses the TPM goes through Device.Do; a second connection to a TPM without a resource manager would hang, and
 // a command half sent would poison it, so nobody else ever holds the connection.
 //
@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/go-tpm/tpm2/transport"
@@ -27,9 +28,10 @@ const (
 	DefaultKeyTimeout = 3 * time.Minute
 	// DefaultQueue bounds the jobs that wait. At 50 ms a signature it is half a minute of work.
 	DefaultQueue = 512
-	// minBackoff and maxBackoff bound the pause between two attempts to reach a TPM that is gone.
+	// minBackoff and maxBackoff bound the pause between two attempts to reach a TPM that is gone. The longer one is
+	// well below the second within which service is to be back once the TPM is.
 	minBackoff = 25 * time.Millisecond
-	maxBackoff = 2 * time.Second
+	maxBackoff = 250 * time.Millisecond
 )
 
 var (
@@ -48,6 +50,9 @@ type Config struct {
 	KeyTimeout     time.Duration
 	Queue          int
 	Log            *slog.Logger
+	// OnFailure is told what goes wrong below the jobs, repaired or not: a busy answer (its TPMRC), a reset
+	// (TPM_RC_INITIALIZE), a connection that broke, hung or could not be made. It is called inside a job.
+	OnFailure func(error)
 }
 
 // A Device is one TPM with its queue. All methods are safe for concurrent use.
@@ -55,14 +60,16 @@ type Device struct {
 	conf Config
 	addr Address
 	log  *slog.Logger
-	stop chan struct{} // closed when the owner has ended
+	stop chan struct{} // closed when own has ended
 
 	mu       sync.RWMutex // guards closed against sends on queue
 	closed   bool
 	queue    chan *job
 	releases []func(*Conn)
+	pending  atomic.Int64 // jobs queued or being served from the queue
 
-	// Owned by the goroutine of own.
+	// Held by whoever runs a job; what follows is its alone.
+	turn     sync.Mutex
 	conn     *Conn
 	epoch    uint64
 	resets   uint32 // the TPM's reset count when last seen
@@ -79,7 +86,7 @@ type job struct {
 	done chan error
 }
 
-// Open returns the Device and starts its owner goroutine, which Close ends. It does not touch the TPM: a TPM that is
+// Open returns the Device and starts the goroutine of its queue, which Close ends. It does not touch the TPM: a TPM that is
 // missing shows when it is used, and does not stay missing once it is there.
 func Open(conf Config) (*Device, error) {
 	addr, err := ParseAddress(conf.Device)
@@ -98,20 +105,34 @@ func Open(conf Config) (*Device, error) {
 	if conf.Log == nil {
 		conf.Log = discard
 	}
+	if conf.OnFailure == nil {
+		conf.OnFailure = func(error) {}
+	}
 	d := &Device{conf: conf, addr: addr, log: conf.Log, stop: make(chan struct{}), queue: make(chan *job, conf.Queue)}
 	go d.own()
 	return d, nil
 }
 
+func (d *Device) report(cause error) { d.conf.OnFailure(cause) }
+
 // Address returns the TPM's address.
 func (d *Device) Address() Address { return d.addr }
 
-// Do runs f alone on the TPM, after all that was asked before. It returns f's error, resource_exhausted when the
+// Do runs f alone on the TPM, after all that was queued before. It returns f's error, resource_exhausted when the
 // queue is full, stopping after Close, and device_lost when the TPM cannot be reached.
 //
 // When ctx ends first, Do returns its error while f may still run: a TPM command cannot be taken back, and hanging
 // up for one caller would cost all others their handles. So f writes nothing that the caller reads after an error.
+// With a ctx that never ends, and a TPM that nobody waits for, f runs on the caller's goroutine: handing it to another
+// one costs as much as a tenth of a signature by a fast TPM.
 func (d *Device) Do(ctx context.Context, f func(*Conn) error) error {
+	if ctx.Done() == nil && d.pending.Load() == 0 && d.turn.TryLock() {
+		defer d.turn.Unlock()
+		if d.isClosed() {
+			return errClosed()
+		}
+		return d.serve(ctx, f)
+	}
 	j := &job{ctx: ctx, run: f, done: make(chan error, 1)}
 	if err := d.enqueue(j); err != nil {
 		return err
@@ -131,21 +152,30 @@ func (d *Device) enqueue(j *job) error {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	if d.closed {
-		return fault.New(fault.Stopping, "the TPM backend is closed")
+		return errClosed()
 	}
 	select {
 	case d.queue <- j:
+		d.pending.Add(1)
 		return nil
 	default:
 		return fault.New(fault.ResourceExhausted, "the queue of the TPM is full")
 	}
 }
 
+func errClosed() error { return fault.New(fault.Stopping, "the TPM backend is closed") }
+
+func (d *Device) isClosed() bool {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.closed
+}
+
 // Waiting returns how many jobs wait for the TPM.
 func (d *Device) Waiting() int { return len(d.queue) }
 
 // OnRelease registers f, which flushes the objects and sessions that a user of the Device holds on the TPM and
-// forgets them. It runs on the owner goroutine before the TPM is lent and before it is closed.
+// forgets them. It runs before the TPM is lent and before it is closed, with no job beside it.
 func (d *Device) OnRelease(f func(*Conn)) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -161,7 +191,7 @@ func (d *Device) Lend(ctx context.Context, f func(io.ReadWriteCloser) error) err
 		if c.broken != nil {
 			return errors.Join(err, c.lost())
 		}
-		if ferr := c.flushAll(); ferr != nil {
+		if _, ferr := c.FlushAll(); ferr != nil {
 			return errors.Join(err, ferr)
 		}
 		d.epoch++
@@ -170,7 +200,7 @@ func (d *Device) Lend(ctx context.Context, f func(io.ReadWriteCloser) error) err
 	})
 }
 
-// Close finishes what is queued, releases what users hold on the TPM and ends the owner goroutine.
+// Close finishes what is queued, releases what users hold on the TPM and ends the goroutine of the queue.
 func (d *Device) Close() error {
 	d.mu.Lock()
 	if !d.closed {
@@ -186,27 +216,38 @@ func (d *Device) Close() error {
 func (d *Device) own() {
 	defer close(d.stop)
 	for j := range d.queue {
-		if err := j.ctx.Err(); err != nil {
-			j.done <- fault.From(err)
-			continue
-		}
-		j.done <- d.serve(j.run)
+		j.done <- d.take(j)
+		d.pending.Add(-1)
 	}
+	d.turn.Lock() // for good
 	if d.conn != nil {
+		d.conn.ctx = context.Background()
 		d.release(d.conn)
 		d.hangUp()
 	}
 }
 
+// take serves a job of the queue, unless nobody waits for it any more.
+func (d *Device) take(j *job) error {
+	d.turn.Lock()
+	defer d.turn.Unlock()
+	if err := j.ctx.Err(); err != nil {
+		return fault.From(err)
+	}
+	return d.serve(j.ctx, j.run)
+}
+
 // serve runs f on a connection that works, as far as is known.
-func (d *Device) serve(f func(*Conn) error) error {
+func (d *Device) serve(ctx context.Context, f func(*Conn) error) error {
 	if d.conn == nil {
-		if err := d.connect(); err != nil {
+		if err := d.connect(ctx); err != nil {
 			return err
 		}
 	}
+	d.conn.ctx = ctx
 	err := f(d.conn)
 	if d.conn.broken == nil {
+		d.backoff = 0 // only now: a TPM that takes connections and fails at work is not back
 		return err
 	}
 	d.log.Warn("TPM connection lost", "device", d.addr.String(), "cause", d.conn.broken)
@@ -221,20 +262,23 @@ func (d *Device) serve(f func(*Conn) error) error {
 
 // connect makes a connection and clears the TPM of what an earlier connection left behind. While the last attempt
 // is fresh it fails at once: a TPM that hangs would otherwise cost each waiting request a timeout.
-func (d *Device) connect() error {
+func (d *Device) connect(ctx context.Context) error {
 	if wait := time.Until(d.retryAt); wait > 0 {
 		return absent(d.lastFail, wait)
 	}
 	l, err := d.addr.dial(d.conf.CommandTimeout)
 	if err != nil {
+		err = errors.Join(ErrAbsent, err)
+		d.report(err)
 		d.failed(err)
 		return absent(err, d.backoff)
 	}
-	c := &Conn{link: l, dev: d}
+	c := &Conn{link: l, dev: d, ctx: ctx}
 	if err := c.prepare(); err != nil {
 		l.close()
 		d.failed(err)
 		if c.broken == nil {
+			d.report(err)
 			return err // the TPM answered, and refuses to work: the code says why
 		}
 		return c.lost()
@@ -244,7 +288,7 @@ func (d *Device) connect() error {
 	}
 	d.epoch++
 	c.epoch = d.epoch
-	d.conn, d.backoff, d.retryAt = c, 0, time.Time{}
+	d.conn, d.retryAt = c, time.Time{}
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/internal/tpmdev"
 	softhsmtest "github.com/trustd/trustd/softhsm-test"
+	"github.com/trustd/trustd/softhsm-test/tpmproxy"
 )
 
 func open(t testing.TB, conf tpmdev.Config) *tpmdev.Device {
@@ -174,6 +176,85 @@ func TestImpatient(t *testing.T) {
 	}
 	if err := d.Do(ctx, func(*tpmdev.Conn) error { t.Error("ran"); return nil }); fault.CodeOf(err) != fault.Canceled {
 		t.Errorf("Do with an ended context: %v", err)
+	}
+}
+
+// TestAlone mixes callers whose context never ends, who run on their own goroutine where they can, with others: never
+// two at once, and none after Close.
+func TestAlone(t *testing.T) {
+	m := softhsmtest.NewTPM(t)
+	d := open(t, tpmdev.Config{Device: m.Device()})
+	running, served := 0, 0 // without a lock: the race detector watches
+	var callers sync.WaitGroup
+	for i := range 6 {
+		ctx := t.Context()
+		if i%2 == 0 {
+			ctx = context.Background()
+		}
+		callers.Go(func() {
+			for range 50 {
+				err := d.Do(ctx, func(c *tpmdev.Conn) error {
+					if running++; running != 1 {
+						t.Error("two at once")
+					}
+					defer func() { running-- }()
+					served++
+					return random(c)
+				})
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	callers.Wait()
+	if served != 300 {
+		t.Errorf("%d jobs were served, want 300", served)
+	}
+	d.Close()
+	err := d.Do(context.Background(), func(*tpmdev.Conn) error { t.Error("ran"); return nil })
+	if fault.CodeOf(err) != fault.Stopping {
+		t.Errorf("Do after Close: %v", err)
+	}
+}
+
+// TestBusyForNobody gives up asking a busy TPM again when nobody waits for it any more.
+func TestBusyForNobody(t *testing.T) {
+	m := softhsmtest.NewTPM(t)
+	p := tpmproxy.New(t, m.Path())
+	busy := 0
+	d := open(t, tpmdev.Config{Device: p.Device(), CommandTimeout: time.Hour, OnFailure: func(err error) {
+		if errors.Is(err, tpm2.TPMRCRetry) {
+			busy++
+		}
+	}})
+	if err := d.Do(t.Context(), random); err != nil {
+		t.Fatal(err)
+	}
+	p.Script(tpmproxy.Rule{Do: tpmproxy.Return(uint32(tpm2.TPMRCRetry))})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- d.Do(ctx, random) }()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for p.Count(tpmproxy.Any) < 3 {
+		<-tick.C
+	}
+	cancel()
+	if err := <-ended; fault.CodeOf(err) != fault.Canceled {
+		t.Errorf("Do: %v", err)
+	}
+	p.Script()
+	if err := d.Do(t.Context(), random); err != nil { // within the hour
+		t.Error(err)
+	}
+	if err := d.Do(t.Context(), func(*tpmdev.Conn) error {
+		if busy < 3 {
+			t.Errorf("%d busy answers were told of", busy)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -1,6 +1,9 @@
 package tpmdev
 
-import "time"
+import (
+	"context"
+	"time"
+)
 
 // A TestLink answers commands in place of a TPM.
 type TestLink func(cmd []byte) ([]byte, error)
@@ -10,8 +13,9 @@ func (l TestLink) close()                                           {}
 
 // Prepare brings a connection over the link to a known state, as after each reconnect.
 func Prepare(l TestLink) error {
-	d := &Device{conf: Config{CommandTimeout: time.Millisecond, KeyTimeout: time.Millisecond}, log: discard}
-	c := &Conn{link: l, dev: d}
+	conf := Config{CommandTimeout: time.Millisecond, KeyTimeout: time.Millisecond, OnFailure: func(error) {}}
+	d := &Device{conf: conf, log: discard}
+	c := &Conn{link: l, dev: d, ctx: context.Background()}
 	return c.prepare()
 }
 

@@ -14,7 +14,8 @@ import (
 func main() {
 	os.Exit(plugins.Serve(func(s plugins.Settings) signer.Backend {
 		return pkcs11.New(pkcs11.Config{
-			Module: s.Module, TokenLabel: s.TokenLabel, TokenSerial: s.TokenSerial, PIN: s.PIN, Sessions: s.Sessions, Log: s.Log,
+			Module: s.Values["module"], TokenLabel: s.Values["token"], TokenSerial: s.Values["serial"],
+			PIN: s.PIN, Sessions: s.Sessions, Log: s.Log,
 		})
 	}))
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"log/slog"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -15,13 +16,18 @@ import (
 
 // A Config names a module and a token, and how to log in.
 type Config struct {
-	Module      string // path of the shared object
-	TokenLabel  string
+	Module     string // path of the shared object
+	TokenLabel string
+	// TokenSerial may be empty: then the first token with the label to which the Backend logs in is the one, and its
+	// serial is asked for as long as the Backend lives.
 	TokenSerial string
 	// PIN returns the PIN. The Backend asks for it at each login and clears the bytes after use.
 	PIN      func(ctx context.Context) ([]byte, error)
 	Sessions int // 0: as many as there are cores
 	Log      *slog.Logger
+	// Wrap, where it is set, returns what stands between the Backend and the module: tests inject faults there. It is
+	// called once, before the first C_Initialize.
+	Wrap func(Cryptoki) Cryptoki
 }
 
 // A Backend is a signer.Backend and signer.Importer for one token.
@@ -29,27 +35,43 @@ type Config struct {
 // Every call into the module holds one of the Backend's slots, of which there are as many as sessions; a repair
 // takes them all. A call that outlives its context is left alone with its slot, and another takes the slot's place
 // unless there are too many of those.
+//
+// While the token is gone the Backend tries to connect by itself, at growing intervals of at most 400 ms. A request
+// that comes during a try waits for its outcome, bounded by its context; between two tries it fails at once with
+// device_lost, which is retryable. After a refused authorisation nothing is tried until Unlock.
 type Backend struct {
 	cfg  Config
-	load func() (*module, error)
+	load func() (*library, error)
 
-	slots  chan *slot    // those not in use
-	size   atomic.Int32  // how many are in circulation
-	hung   atomic.Int32  // calls that outlived their context
-	repair chan struct{} // holds one token: whoever has it may connect, repair or close
-	making chan struct{} // the same for those that make and destroy keys
+	slots    chan *slot    // those not in use
+	size     atomic.Int32  // how many are in circulation
+	fewer    chan struct{} // says that size has shrunk
+	hung     atomic.Int32  // calls that outlived their context
+	growAt   atomic.Int64  // when a slot that was given up is tried again, in ns since start
+	growWait atomic.Int64  // ns
+	repair   chan struct{} // holds one token: whoever has it may connect, repair or close
+	making   chan struct{} // the same for those that make and destroy keys
 
-	link    atomic.Pointer[link]    // nil while there is no connection
-	trouble atomic.Pointer[trouble] // why there is none; nil before the first attempt
-	refused atomic.Pointer[failure] // the token's refusal of the PIN: final
-	closed  atomic.Bool
-	mod     *module // of the last connection; guarded by repair
-}
+	link       atomic.Pointer[link]    // nil while there is no connection
+	trouble    atomic.Pointer[trouble] // why there is none; nil before the first attempt
+	refused    atomic.Pointer[failure] // the token's refusal of the authorisation: final until Unlock
+	connecting atomic.Bool             // someone is at it
+	serial     atomic.Pointer[string]  // of the token that was logged in to first
+	known      known
+	failures   counter
+	closed     atomic.Bool
 
-// A slot is the right to call into the module, with a session that is opened when first needed.
-type slot struct {
-	link    *link // the connection that the session belongs to; nil: no session
-	session sessionHandle
+	life       context.Context // ends with Close; attempts run under it, because a caller's haste must not cut them short
+	end        context.CancelFunc
+	background sync.WaitGroup
+
+	// Guarded by repair.
+	mod     *module     // made once
+	inside  bool        // mod is entered
+	current *link       // of the last attempt, whether or not it became a connection
+	keeping bool        // keep is running
+	unclear int         // logins in a row of which the token did not say whether it refused the PIN
+	doubts  []time.Time // when it was connected anew for a key that was missing
 }
 
 // trouble is why there is no connection, and when to try again.
@@ -60,16 +82,26 @@ type trouble struct {
 }
 
 const (
-	firstWait  = 50 * time.Millisecond
-	longestTry = 5 * time.Second
-	drainLimit = 5 * time.Second
-	maxHung    = 8
+	firstWait   = 50 * time.Millisecond
+	longestTry  = 400 * time.Millisecond // between two attempts to connect
+	slowestTry  = 2 * time.Second        // the same while it takes a person to change anything
+	drainLimit  = 2 * time.Second
+	closeLimit  = 5 * time.Second
+	pinLimit    = 10 * time.Second
+	maxHung     = 8
+	busyTries   = 5 // repetitions
+	busyPause   = 10 * time.Millisecond
+	firstGrow   = time.Second
+	slowestGrow = 10 * time.Second
 )
+
+// start is what moments in atomic integers are counted from.
+var start = time.Now()
 
 // New returns a backend. It touches nothing: the first call connects.
 func New(cfg Config) *Backend {
 	b := newBackend(cfg)
-	b.load = func() (*module, error) { return load(cfg.Module) }
+	b.load = func() (*library, error) { return load(cfg.Module) }
 	return b
 }
 
@@ -81,11 +113,14 @@ func newBackend(cfg Config) *Backend {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	b := &Backend{
-		cfg:    cfg,
-		slots:  make(chan *slot, cfg.Sessions),
-		repair: make(chan struct{}, 1),
-		making: make(chan struct{}, 1),
+		cfg:      cfg,
+		slots:    make(chan *slot, cfg.Sessions),
+		repair:   make(chan struct{}, 1),
+		making:   make(chan struct{}, 1),
+		fewer:    make(chan struct{}, 1),
+		failures: newCounter(),
 	}
+	b.life, b.end = context.WithCancel(context.Background())
 	for range cfg.Sessions {
 		b.slots <- new(slot)
 	}
@@ -100,14 +135,21 @@ func (b *Backend) Close() error {
 	if b.closed.Swap(true) {
 		return nil
 	}
+	b.end()
 	<-b.repair
-	defer func() { b.repair <- struct{}{} }()
-	err := b.disconnect(context.Background())
+	err := b.disconnect(closeLimit)
 	b.trouble.Store(&trouble{err: errClosed()})
+	b.repair <- struct{}{}
+	b.background.Wait()
 	return public(err)
 }
 
 func errClosed() error { return fault.New(fault.DeviceLost, "the backend is closed") }
+
+// Parallel implements signer.Parallel: the number of sessions, less those for which the token has no room now.
+func (b *Backend) Parallel() int { return int(b.size.Load()) }
+
+var _ signer.Parallel = (*Backend)(nil)
 
 // A call is what one operation does on a session.
 type call[T any] func(s *slot) (T, error)
@@ -117,6 +159,7 @@ type call[T any] func(s *slot) (T, error)
 func do[T any](ctx context.Context, b *Backend, f call[T]) (T, error) {
 	var zero T
 	var tried map[signer.Class]int
+	renew := false
 	for {
 		if err := ctx.Err(); err != nil {
 			return zero, public(err)
@@ -125,58 +168,73 @@ func do[T any](ctx context.Context, b *Backend, f call[T]) (T, error) {
 		if err != nil {
 			return zero, public(err)
 		}
-		v, err := enter(ctx, b, l, f)
+		v, err := enter(ctx, b, l, renew, f)
 		if err == nil {
 			return v, nil
+		}
+		if err == errReplaced {
+			continue
 		}
 		if tried == nil {
 			tried = map[signer.Class]int{}
 		}
-		class := classOf(err)
-		tried[class]++
-		if err := b.mend(ctx, l, err, tried[class]); err != nil {
+		kind := classOf(err)
+		if isEmpty(err) {
+			kind += "/empty" // a token that answered wrongly before may still have to be connected anew
+		}
+		tried[kind]++
+		renew = renew || kind == signer.SessionLost // a loss seldom strikes one session alone
+		if err := b.mend(ctx, l, err, tried[kind]); err != nil {
 			return zero, public(err)
 		}
 	}
 }
 
-const busyTries = 4
-
 // mend does what the class of a failure asks for. It returns nil when the call is worth repeating, and otherwise
-// what the caller gets.
+// what the caller gets. times counts the call's failures of this class.
 func (b *Backend) mend(ctx context.Context, l *link, err error, times int) error {
-	class := classOf(err)
-	if class == signer.TransientBusy {
-		if times < busyTries && wait(ctx, firstWait/8<<times) {
+	switch class := classOf(err); class {
+	case signer.TransientBusy, signer.ResourcesExhausted:
+		if class == signer.ResourcesExhausted {
+			b.makeRoom()
+		}
+		if times <= busyTries && wait(ctx, busyPause<<(times-1)) {
 			return nil
 		}
 		return err
-	}
-	if times > 1 {
-		if isEmpty(err) { // a fresh connection to a healthy token does not show the key either
-			return failing(signer.KeyGone, "finding the key", "no such object")
-		}
+	case signer.AuthorisationRefused:
+		b.refuse(err)
 		return err
 	}
-	switch class {
+	if times > 1 && (!isEmpty(err) || times > absences) {
+		return err
+	}
+	switch classOf(err) {
 	case signer.SessionLost, signer.HandleLost:
 		return nil // the session was dropped with the error; the handle was forgotten
+	case signer.KeyGone:
+		if said(err) { // the search for the key, which follows, has the last word
+			return nil
+		}
 	case signer.LoginLost:
-		return b.detach(ctx, func(ctx context.Context) error { return b.relogin(ctx, l) })
+		return b.detach(ctx, func() error { return b.relogin(ctx, l) })
 	case signer.TokenLost, signer.ModuleDead:
-		return b.detach(ctx, func(ctx context.Context) error { return b.reconnect(ctx, l, err) })
+		return b.detach(ctx, func() error { return b.reconnect(ctx, l, err) })
 	}
 	return err
 }
 
-// enter runs f with a slot whose session belongs to l. If ctx ends first, f goes on by itself and its slot is
-// replaced, so that a call that hangs blocks nobody else.
-func enter[T any](ctx context.Context, b *Backend, l *link, f call[T]) (T, error) {
+// enter runs f with a slot whose session belongs to l, and is a new one where renew says so. If ctx ends first, f goes
+// on by itself and its slot is replaced, so that a call that hangs blocks nobody else.
+func enter[T any](ctx context.Context, b *Backend, l *link, renew bool, f call[T]) (T, error) {
 	for {
 		s, err := b.take(ctx)
 		if err != nil {
 			var zero T
 			return zero, err
+		}
+		if renew {
+			s.generation = neverUsed
 		}
 		v, err := attempt(ctx, b, l, s, f)
 		if err != errShrunk {
@@ -202,9 +260,12 @@ func attempt[T any](ctx context.Context, b *Backend, l *link, s *slot, f call[T]
 		v, err := run(b, l, s, f)
 		if left.Swap(true) {
 			b.closeSession(s)
+			gone := err == errShrunk // and its place is filled already, unless it was kept
 			b.hung.Add(-1)
-			if kept {
+			if kept && !gone {
 				b.slots <- s
+			} else if !kept && gone {
+				<-b.slots
 			}
 			return
 		}
@@ -230,48 +291,25 @@ func attempt[T any](ctx context.Context, b *Backend, l *link, s *slot, f call[T]
 }
 
 func run[T any](b *Backend, l *link, s *slot, f call[T]) (T, error) {
-	if err := b.open(l, s); err != nil {
-		var zero T
-		return zero, err
+	err := b.open(l, s)
+	if err == nil {
+		var v T
+		if v, err = f(s); err == nil {
+			return v, nil
+		}
 	}
-	return f(s)
-}
-
-// take returns a slot, waiting for one until ctx ends.
-func (b *Backend) take(ctx context.Context) (*slot, error) {
-	select {
-	case s := <-b.slots:
-		return s, nil
-	default:
-	}
-	select {
-	case s := <-b.slots:
-		return s, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// put gives a slot back, without its session when the session was lost or may be in an unknown state.
-func (b *Backend) put(s *slot, err error) {
-	if err == errShrunk {
-		return
-	}
-	switch classOf(err) {
-	case "", signer.CallerError, signer.KeyGone, signer.HandleLost:
-	default:
-		b.closeSession(s)
-	}
-	b.slots <- s
+	b.failures.add(err)
+	var zero T
+	return zero, err
 }
 
 // detach runs f, which may block in the module, and stops waiting for it when ctx ends.
-func (b *Backend) detach(ctx context.Context, f func(context.Context) error) error {
+func (b *Backend) detach(ctx context.Context, f func() error) error {
 	if ctx.Done() == nil {
-		return f(ctx)
+		return f()
 	}
 	done := make(chan error, 1)
-	go func() { done <- f(ctx) }()
+	go func() { done <- f() }()
 	select {
 	case err := <-done:
 		return err

@@ -3,6 +3,8 @@
 package pkcs11
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -15,6 +17,54 @@ import (
 	"github.com/trustd/trustd/signer"
 )
 
+// Describe implements signer.Backend. While the connection is being made again it says so and does not wait.
+func (b *Backend) Describe(ctx context.Context) signer.Description {
+	d := signer.Description{Kind: "pkcs11", Device: b.device(), Grade: signer.HardwareClaimed, Limits: map[string]string{}}
+	if serial := b.wanted(); serial != nil {
+		d.Limits["serial"] = printable(*serial)
+	}
+	d.Limits["sessions"] = strconv.Itoa(b.Parallel())
+	d.Limits["hanging_calls"] = strconv.Itoa(int(b.hung.Load()))
+	if b.link.Load() == nil && b.connecting.Load() && b.serial.Load() != nil && b.refused.Load() == nil {
+		d.State, d.Problem = signer.Recovering, "connecting to the token again"
+		d.Remedy = "none is needed unless it lasts; then check the device"
+		return d
+	}
+	info, err := do(ctx, b, func(s *slot) (pkcs11.TokenInfo, error) {
+		info, err := s.link.mod.GetTokenInfo(s.link.slot)
+		if err != nil {
+			return info, failed("C_GetTokenInfo", err)
+		}
+		return info, s.link.same(info)
+	})
+	if l := b.link.Load(); l != nil {
+		d.Grade = l.grade()
+		d.Algorithms = l.algorithms
+		d.Mechanisms = mechanismNames(l.mechanisms)
+		d.Device = printable(l.info.Label) + " (" + printable(l.info.ManufacturerID) + " " + printable(l.info.Model) +
+			", serial " + printable(l.info.SerialNumber) + ")"
+		d.Limits["serial"] = printable(l.info.SerialNumber)
+	}
+	if err != nil {
+		d.State, d.Problem, d.Remedy = diagnose(err)
+		if b.refused.Load() != nil {
+			d.Limits["pin"] = "refused"
+		}
+		return d
+	}
+	d.State = signer.Ready
+	d.Limits["token_sessions_max"] = sessionLimit(info.MaxRwSessionCount)
+	d.Limits["pin"] = pinState(info.Flags)
+	return d
+}
+
+func (b *Backend) device() string {
+	if serial := b.wanted(); serial != nil {
+		return b.cfg.TokenLabel + " (serial " + printable(*serial) + ")"
+	}
+	return b.cfg.TokenLabel
+}
+
 // diagnose says what an error of the device means for its state, and what to do.
 func diagnose(err error) (signer.State, string, string) {
 	for _, d := range diagnoses {
@@ -22,15 +72,25 @@ func diagnose(err error) (signer.State, string, string) {
 			return d.state, d.problem, d.remedy
 		}
 	}
-	e := fault.From(err)
-	if e.Code == fault.AuthorisationRefused || e.Code == fault.InsecureSecret {
-		problem := e.Text
-		if problem == "" {
-			problem = e.Code.Title()
-		}
-		return signer.Stopped, problem, e.Code.Hint()
+	if other := (*otherToken)(nil); errors.As(err, &other) {
+		return signer.Degraded, other.Error(), "put the token with the expected serial back; if the other one is meant to " +
+			"replace it, restart the daemon and restore or rotate the keys"
 	}
-	return signer.Degraded, e.Error(), e.Code.Hint()
+	e := fault.From(err)
+	state := signer.Degraded
+	switch {
+	case classOf(err) == signer.AuthorisationRefused:
+		state = signer.Locked
+	case e.Code == fault.AuthorisationRefused || e.Code == fault.InsecureSecret: // there is no PIN to show to the token
+		state = signer.Stopped
+	default:
+		return state, cmp.Or(e.Text, e.Code.Title()), e.Code.Hint()
+	}
+	problem := e.Text
+	if problem == "" {
+		problem = e.Code.Title()
+	}
+	return state, problem, e.Code.Hint()
 }
 
 var diagnoses = []struct {
@@ -46,10 +106,15 @@ var diagnoses = []struct {
 		"plug the token in, or correct label and serial; pkcs11-tool --module MODULE -L lists the tokens"},
 	{errTwoTokens, signer.Stopped, "several tokens have that label and serial",
 		"name the token's serial in the backend's configuration"},
+	{errNoSerial, signer.Degraded, errNoSerial.Error(), "put the token that holds the keys back"},
 	{errHangs, signer.Degraded, "a call into the module does not come back",
 		"the plugin process is restarted by itself; if it hangs again, check the device"},
-	{pkcs11.Error(pkcs11.CKR_PIN_LOCKED), signer.Stopped, "the PIN is locked",
-		"have the security officer reset the PIN, then restart the daemon"},
+	{errPINLocked, signer.Locked, "the PIN is locked",
+		"have the security officer reset the PIN, then run trustd backend unlock NAME"},
+	{pkcs11.Error(pkcs11.CKR_PIN_LOCKED), signer.Locked, "the PIN is locked",
+		"have the security officer reset the PIN, then run trustd backend unlock NAME"},
+	{errLastTry, signer.Locked, "one try is left before the PIN locks, and it was not taken",
+		"make sure that the configured PIN is right, then run trustd backend unlock NAME, which takes that try"},
 }
 
 // softwareMakers are the tokens that say of themselves that they are no hardware.

@@ -22,19 +22,27 @@ type fakeToken struct {
 	calls    map[string]int
 	hang     map[string]chan struct{} // a function waits here before it answers
 	tamper   bool                     // signatures come out wrong
+	flips    int                      // so many of them
+	bad      pkcs11.SessionHandle     // this session's do
+	sick     bool                     // signing fails until the module is initialised anew
 	gone     bool                     // pulled out
 	stale    bool                     // back, but its index is empty until the module is initialised anew
 	flags    uint
 	label    string
+	serial   string
+	twin     string // serial of the other tokens with the same label, which hold no keys
+	at       uint   // the slot of the token with the keys
 	maker    string
 	tokens   int // with the same label
 	pin      string
+	vague    bool // a wrong PIN is called a failed function
 	maxOpen  int
 	ready    bool
 	loggedIn bool
 	epoch    uint // of the login: part of each object handle
 	last     uint
 	sessions map[pkcs11.SessionHandle][]pkcs11.ObjectHandle // and what is left of their search
+	slotOf   map[pkcs11.SessionHandle]uint
 	signing  map[pkcs11.SessionHandle]uint
 	keys     map[uint]*fakeKey
 }
@@ -48,19 +56,20 @@ type fakeKey struct {
 func newFake() *fakeToken {
 	return &fakeToken{
 		script: map[string][]error{}, calls: map[string]int{}, hang: map[string]chan struct{}{}, label: "fake",
-		maker: "ACME", tokens: 1, pin: "1234", maxOpen: 100, flags: pkcs11.CKF_TOKEN_INITIALIZED | pkcs11.CKF_LOGIN_REQUIRED,
+		serial: "1", twin: "1", maker: "ACME", tokens: 1, pin: "1234", maxOpen: 100,
+		flags:    pkcs11.CKF_TOKEN_INITIALIZED | pkcs11.CKF_LOGIN_REQUIRED,
 		sessions: map[pkcs11.SessionHandle][]pkcs11.ObjectHandle{}, signing: map[pkcs11.SessionHandle]uint{},
-		keys: map[uint]*fakeKey{},
+		slotOf: map[pkcs11.SessionHandle]uint{}, keys: map[uint]*fakeKey{},
 	}
 }
 
 // backend returns a backend on the fake with n sessions.
 func (f *fakeToken) backend(t testing.TB, n int) *Backend {
-	m := &module{cryptoki: f}
+	m := &library{cryptoki: f}
 	b := newBackend(Config{
 		TokenLabel: "fake", Sessions: n, PIN: func(context.Context) ([]byte, error) { return []byte("1234"), nil },
 	})
-	b.load = func() (*module, error) { return m, nil }
+	b.load = func() (*library, error) { return m, nil }
 	t.Cleanup(func() { _ = b.Close() })
 	return b
 }
@@ -123,7 +132,7 @@ func (f *fakeToken) Initialize(...pkcs11.InitializeOption) error {
 		err = rv(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)
 	}
 	if err == nil {
-		f.ready, f.stale = true, f.gone
+		f.ready, f.stale, f.sick = true, f.gone, false
 	}
 	return err
 }
@@ -136,6 +145,15 @@ func (f *fakeToken) Finalize() error {
 		f.logout()
 	}
 	return err
+}
+
+// anySession returns one that is open.
+func (f *fakeToken) anySession() pkcs11.SessionHandle {
+	last := pkcs11.SessionHandle(0)
+	for s := range f.sessions {
+		last = max(last, s)
+	}
+	return last
 }
 
 // logout ends all sessions, and with them the login and the object handles.
@@ -158,13 +176,17 @@ func (f *fakeToken) GetSlotList(bool) ([]uint, error) {
 	return out, err
 }
 
-func (f *fakeToken) GetTokenInfo(uint) (pkcs11.TokenInfo, error) {
+func (f *fakeToken) GetTokenInfo(slot uint) (pkcs11.TokenInfo, error) {
 	err := f.enter("GetTokenInfo")
 	defer f.mu.Unlock()
 	if err == nil && f.gone {
 		err = rv(pkcs11.CKR_GENERAL_ERROR)
 	}
-	return pkcs11.TokenInfo{Label: f.label, SerialNumber: "1", ManufacturerID: f.maker, Flags: f.flags}, err
+	serial := f.serial
+	if slot != f.at {
+		serial = f.twin
+	}
+	return pkcs11.TokenInfo{Label: f.label, SerialNumber: serial, ManufacturerID: f.maker, Flags: f.flags}, err
 }
 
 func (f *fakeToken) GetMechanismList(uint) ([]*pkcs11.Mechanism, error) {
@@ -177,7 +199,7 @@ func (f *fakeToken) GetMechanismInfo(uint, []*pkcs11.Mechanism) (pkcs11.Mechanis
 	return pkcs11.MechanismInfo{}, nil
 }
 
-func (f *fakeToken) OpenSession(uint, uint) (pkcs11.SessionHandle, error) {
+func (f *fakeToken) OpenSession(slot uint, _ uint) (pkcs11.SessionHandle, error) {
 	err := f.enter("OpenSession")
 	defer f.mu.Unlock()
 	if err == nil && len(f.sessions) >= f.maxOpen {
@@ -188,6 +210,7 @@ func (f *fakeToken) OpenSession(uint, uint) (pkcs11.SessionHandle, error) {
 	}
 	f.last++
 	f.sessions[pkcs11.SessionHandle(f.last)] = nil
+	f.slotOf[pkcs11.SessionHandle(f.last)] = slot
 	return pkcs11.SessionHandle(f.last), nil
 }
 
@@ -226,6 +249,9 @@ func (f *fakeToken) Login(s pkcs11.SessionHandle, _ uint, pin string) error {
 		err = f.session(s)
 	case f.loggedIn:
 		err = rv(pkcs11.CKR_USER_ALREADY_LOGGED_IN)
+	case pin != f.pin && f.vague:
+		f.flags |= pkcs11.CKF_USER_PIN_COUNT_LOW
+		err = rv(pkcs11.CKR_FUNCTION_FAILED)
 	case pin != f.pin:
 		err = rv(pkcs11.CKR_PIN_INCORRECT)
 	default:
@@ -268,7 +294,7 @@ func (f *fakeToken) FindObjectsInit(s pkcs11.SessionHandle, template []*pkcs11.A
 	for n, k := range f.keys {
 		for i, attrs := range []map[uint][]byte{k.attrs, k.pub} {
 			private := i == 0
-			matches := !f.gone && !f.stale && (!private || f.loggedIn)
+			matches := !f.gone && !f.stale && f.slotOf[s] == f.at && (!private || f.loggedIn)
 			for _, a := range template {
 				matches = matches && bytes.Equal(attrs[a.Type], a.Value)
 			}
@@ -397,12 +423,16 @@ func (f *fakeToken) SignInit(s pkcs11.SessionHandle, _ []*pkcs11.Mechanism, o pk
 func (f *fakeToken) Sign(s pkcs11.SessionHandle, msg []byte) ([]byte, error) {
 	err := f.enter("Sign")
 	defer f.mu.Unlock()
+	if err == nil && f.sick {
+		err = rv(pkcs11.CKR_DEVICE_ERROR)
+	}
 	if err != nil {
 		return nil, err
 	}
 	sig := ed25519.Sign(f.keys[f.signing[s]].private, msg)
-	if f.tamper {
+	if f.tamper || f.flips > 0 || f.bad == s {
 		sig[0] ^= 1
+		f.flips = max(0, f.flips-1)
 	}
 	return sig, nil
 }

@@ -6,12 +6,12 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"strconv"
 
 	"github.com/miekg/pkcs11"
 
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/ident"
+	"github.com/trustd/trustd/signature"
 	"github.com/trustd/trustd/signer"
 )
 
@@ -90,9 +90,10 @@ func (l *link) find(s *slot, limit int, template ...*attribute) ([]objectHandle,
 	return out, failed("C_FindObjectsFinal", l.mod.FindObjectsFinal(s.session))
 }
 
-// absent is the error of an empty search. To a session without login, or on a token that came back without its
-// index, everything is absent: then the error's class makes do look again before it is believed.
-func (l *link) absent(s *slot) error {
+// absent is the error of a search that found no key with this id ("": no key at all). Only a token that is the right
+// one, answers and sees a login is believed. A key that was seen before is gone only when several connections in a row
+// agree: a token that went away and came back may have lost all of its index, or a part.
+func (l *link) absent(s *slot, id signer.ID) error {
 	in, err := l.loggedIn(s)
 	if err != nil {
 		return err
@@ -100,22 +101,60 @@ func (l *link) absent(s *slot) error {
 	if !in {
 		return failing(signer.LoginLost, "finding the key", "the session is not logged in")
 	}
-	others, err := l.find(s, 1, privateTemplate()...)
-	if err != nil {
+	if id != "" { // the token may have come back meanwhile
+		found, err := l.find(s, 1, append(privateTemplate(), pkcs11.NewAttribute(pkcs11.CKA_ID, id.Bytes()))...)
+		if err != nil {
+			return err
+		}
+		if len(found) > 0 {
+			return &failure{class: signer.HandleLost, op: "finding the key", cause: errBack}
+		}
+	}
+	if err := l.right(); err != nil {
 		return err
 	}
-	if len(others) > 0 {
-		return &failure{class: signer.KeyGone, op: "finding the key", cause: errNoObject}
+	if l.known.suspects(id, l) {
+		return &failure{class: signer.TokenLost, op: "finding the key", cause: errNoObject, empty: true}
 	}
-	return &failure{class: signer.TokenLost, op: "finding the key", cause: errNoObject, empty: true}
+	return &failure{class: signer.KeyGone, op: "finding the key", cause: errNoObject}
 }
 
-var errNoObject = errors.New("no such object")
+// belongs returns nil where the entry is a usable key with this public key, and key_gone where the right token holds
+// another. Where the token shows no public key beside it, a signature has to tell: a missing public object does not
+// make a key another.
+func (l *link) belongs(s *slot, e entry, pub ident.PublicKey) error {
+	switch {
+	case e.info.Problem == "" && e.info.Public.Equal(pub):
+		return nil
+	case e.unread:
+		signed, err := l.proves(s, e.info.ID, e.handle, pub)
+		if err != nil || signed {
+			return err
+		}
+	}
+	if err := l.right(); err != nil {
+		return err
+	}
+	return failing(signer.KeyGone, "finding the key", "another key, or one that cannot be used, has its id")
+}
+
+// proves reports whether the private key signs what the public key verifies.
+func (l *link) proves(s *slot, id signer.ID, h objectHandle, pub ident.PublicKey) (bool, error) {
+	msg := signature.Encode(signature.Possession, []byte("proof"), id.Bytes())
+	sig, err := l.sign(s, pub.Algorithm(), h, signature.Digest(pub.Algorithm(), msg))
+	return err == nil && signature.Verify(pub, msg, sig) == nil, err
+}
+
+var (
+	errNoObject = errors.New("no such object")
+	errBack     = errors.New("it was away and is back")
+)
 
 // An entry is a private key on the token, with its handle.
 type entry struct {
 	info   signer.KeyInfo
 	handle objectHandle
+	unread bool // the public key could not be read
 }
 
 var privateAttributes = []uint{
@@ -147,17 +186,22 @@ func publicTemplate(id []byte) []*attribute {
 
 // lookup returns the one private key with this id.
 func (l *link) lookup(s *slot, id signer.ID) (entry, error) {
-	found, err := l.find(s, 2, append(privateTemplate(), pkcs11.NewAttribute(pkcs11.CKA_ID, id.Bytes()))...)
-	if err != nil {
-		return entry{}, err
+	for try := 1; ; try++ {
+		found, err := l.find(s, 2, append(privateTemplate(), pkcs11.NewAttribute(pkcs11.CKA_ID, id.Bytes()))...)
+		if err != nil {
+			return entry{}, err
+		}
+		switch len(found) {
+		case 0:
+			if err := l.absent(s, id); !errors.Is(err, errBack) || try == 3 {
+				return entry{}, err
+			}
+		case 1:
+			return l.describe(s, found[0])
+		default:
+			return entry{}, failing(signer.KeyGone, "finding the key", "several private keys have this id")
+		}
 	}
-	switch len(found) {
-	case 0:
-		return entry{}, l.absent(s)
-	case 1:
-		return l.describe(s, found[0])
-	}
-	return entry{}, failing(signer.KeyGone, "finding the key", "several private keys have this id")
 }
 
 // describe reads a private key and the public key beside it. What is wrong with the key goes into its Problem.
@@ -177,8 +221,9 @@ func (l *link) describe(s *slot, h objectHandle) (entry, error) {
 	id, err := signer.NewID(a[pkcs11.CKA_ID])
 	if err != nil {
 		info.Problem = "the key has no usable CKA_ID, so nothing can name it"
-		return entry{info, h}, nil
+		return entry{info: info, handle: h}, nil
 	}
+	l.known.found(id)
 	info.ID = id
 	info.URI = signer.URI{Scheme: "pkcs11", Token: l.info.Label, Serial: l.info.SerialNumber, ID: id}.String()
 	pub, err := l.public(s, h, id)
@@ -194,7 +239,7 @@ func (l *link) describe(s *slot, h objectHandle) (entry, error) {
 	default:
 		info.Public = pub
 	}
-	return entry{info, h}, nil
+	return entry{info: info, handle: h, unread: err != nil}, nil
 }
 
 func origin(a attributes) signer.Origin {
@@ -252,30 +297,37 @@ func (b *Backend) Open(ctx context.Context, id signer.ID, pub ident.PublicKey) (
 	if pub.IsZero() {
 		return nil, fault.BadField("public_key", "a key is opened together with its public key")
 	}
-	e, err := b.entry(ctx, id)
-	if err != nil {
+	if _, err := signer.NewID(id.Bytes()); err != nil {
 		return nil, err
 	}
-	if e.info.Problem != "" || !e.info.Public.Equal(pub) {
-		return nil, public(failing(signer.KeyGone, "opening the key", "another key, or one that cannot be used, has its id"))
+	e, err := do(ctx, b, func(s *slot) (entry, error) {
+		e, err := s.link.lookup(s, id)
+		if err != nil {
+			return entry{}, err
+		}
+		if err := s.link.belongs(s, e, pub); err != nil {
+			return entry{}, err
+		}
+		e.info.Public, e.info.Problem = pub, ""
+		s.link.remember(refOf(e.info), e.handle)
+		return e, nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	return b.key(e.info), nil
 }
 
 // Find implements signer.Backend.
 func (b *Backend) Find(ctx context.Context, id signer.ID) (signer.KeyInfo, error) {
-	e, err := b.entry(ctx, id)
+	if _, err := signer.NewID(id.Bytes()); err != nil {
+		return signer.KeyInfo{}, err
+	}
+	e, err := do(ctx, b, func(s *slot) (entry, error) { return s.link.lookup(s, id) })
 	if fault.CodeOf(err) == fault.KeyGone {
 		return signer.KeyInfo{}, fault.Wrap(fault.KeyNotFound, err, "the token holds no key with this id")
 	}
 	return e.info, err
-}
-
-func (b *Backend) entry(ctx context.Context, id signer.ID) (entry, error) {
-	if _, err := signer.NewID(id.Bytes()); err != nil {
-		return entry{}, err
-	}
-	return do(ctx, b, func(s *slot) (entry, error) { return s.link.lookup(s, id) })
 }
 
 // Keys implements signer.Backend.
@@ -287,7 +339,7 @@ func (b *Backend) Keys(ctx context.Context) ([]signer.KeyInfo, error) {
 			return nil, err
 		}
 		if len(handles) == 0 {
-			return nil, l.absent(s)
+			return nil, l.absent(s, "")
 		}
 		out := make([]signer.KeyInfo, 0, len(handles))
 		seen := map[signer.ID]int{}
@@ -331,9 +383,10 @@ func (b *Backend) Destroy(ctx context.Context, id signer.ID) error {
 			return struct{}{}, err
 		}
 		if len(found) == 0 {
-			return struct{}{}, l.absent(s)
+			return struct{}{}, l.absent(s, id)
 		}
 		l.forget(id)
+		l.known.remove(id)
 		for _, h := range found {
 			if err := l.mod.DestroyObject(s.session, h); err != nil {
 				return struct{}{}, failed("C_DestroyObject", err)
@@ -371,40 +424,4 @@ func (b *Backend) maker(ctx context.Context) (unlock func(), err error) {
 	case <-ctx.Done():
 		return nil, public(ctx.Err())
 	}
-}
-
-// Describe implements signer.Backend.
-func (b *Backend) Describe(ctx context.Context) signer.Description {
-	d := signer.Description{Kind: "pkcs11", Device: b.device(), Grade: signer.HardwareClaimed, Limits: map[string]string{}}
-	info, err := do(ctx, b, func(s *slot) (pkcs11.TokenInfo, error) {
-		info, err := s.link.mod.GetTokenInfo(s.link.slot)
-		return info, failed("C_GetTokenInfo", err)
-	})
-	l := b.link.Load()
-	if l != nil {
-		d.Grade = l.grade()
-		d.Algorithms = l.algorithms
-		d.Mechanisms = mechanismNames(l.mechanisms)
-		d.Device = l.info.Label + " (" + l.info.ManufacturerID + " " + l.info.Model + ", serial " + l.info.SerialNumber + ")"
-	}
-	if err != nil {
-		d.State, d.Problem, d.Remedy = diagnose(err)
-		if b.refused.Load() != nil {
-			d.Limits["pin"] = "refused"
-		}
-		return d
-	}
-	d.State = signer.Ready
-	d.Limits["sessions"] = strconv.Itoa(int(b.size.Load()))
-	d.Limits["token_sessions_max"] = sessionLimit(info.MaxRwSessionCount)
-	d.Limits["pin"] = pinState(info.Flags)
-	d.Limits["hanging_calls"] = strconv.Itoa(int(b.hung.Load()))
-	return d
-}
-
-func (b *Backend) device() string {
-	if b.cfg.TokenSerial == "" {
-		return b.cfg.TokenLabel
-	}
-	return b.cfg.TokenLabel + " (serial " + b.cfg.TokenSerial + ")"
 }

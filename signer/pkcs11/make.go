@@ -11,12 +11,12 @@ import (
 	"errors"
 	"math/big"
 	"strings"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/ident"
-	"github.com/trustd/trustd/signature"
 	"github.com/trustd/trustd/signer"
 )
 
@@ -29,19 +29,20 @@ func (b *Backend) Generate(ctx context.Context, id signer.ID, alg ident.Algorith
 		return nil, err
 	}
 	defer unlock()
+	begun := false // the id was free: what has it now is a half of this call's work
 	info, err := do(ctx, b, func(s *slot) (signer.KeyInfo, error) {
 		l := s.link
 		if !l.makes(alg) {
 			return signer.KeyInfo{}, l.cannotMake()
 		}
-		if err := l.unused(s, id); err != nil {
+		if err := l.vacate(s, id, &begun); err != nil {
 			return signer.KeyInfo{}, err
 		}
-		h, err := l.generate(s, id, alg)
+		h, err := l.generate(s, id, alg, b)
 		if err != nil {
 			return signer.KeyInfo{}, err
 		}
-		return l.made(s, id, h)
+		return l.made(ctx, s, id, h)
 	})
 	if err != nil {
 		return nil, err
@@ -52,22 +53,36 @@ func (b *Backend) Generate(ctx context.Context, id signer.ID, alg ident.Algorith
 	return b.key(info), nil
 }
 
-const generateTries = 3
+const (
+	generateTries = 5
+	loudTries     = 2 // that others may search beside
+	quietLimit    = 100 * time.Millisecond
+)
 
 // generate makes a key pair. SoftHSM 2.6 fails at times while other sessions search: their refresh of the index
-// takes the half-written object for a broken one, and the error is one of several that blame the caller. What is
-// left of the pair is removed and the key made anew.
-func (l *link) generate(s *slot, id signer.ID, alg ident.Algorithm) (objectHandle, error) {
+// takes the half-written object for a broken one, and the error blames the caller, or nobody. What is left of the
+// pair is removed and the key made anew, at last with the other sessions held back.
+func (l *link) generate(s *slot, id signer.ID, alg ident.Algorithm, b *Backend) (objectHandle, error) {
 	for try := 1; ; try++ {
+		resume := func() {}
+		if try > loudTries {
+			resume = b.quiet(quietLimit)
+		}
 		mech, pub := generation(alg)
 		_, h, err := l.mod.GenerateKeyPair(s.session, mech, append(pub, publicObject(id)...), privateObject(id))
+		if err != nil {
+			_ = l.destroy(s, id)
+		}
+		resume()
 		if err == nil {
 			return h, nil
 		}
-		_ = l.destroy(s, id)
-		if err = failed("C_GenerateKeyPair", err); classOf(err) != signer.CallerError || try == generateTries {
+		err = failed("C_GenerateKeyPair", err)
+		again := classOf(err) == signer.CallerError || classOf(err) == signer.TokenLost && l.right() == nil
+		if !again || try == generateTries {
 			return 0, err
 		}
+		b.failures.add(err)
 	}
 }
 
@@ -98,9 +113,22 @@ func (l *link) unused(s *slot, id signer.ID) error {
 	return failing(signer.LoginLost, "looking for the id", "the session is not logged in")
 }
 
-// made reads a new key back and remembers its handle.
-func (l *link) made(s *slot, id signer.ID, h objectHandle) (signer.KeyInfo, error) {
+// vacate refuses an id that any key on the token has, and removes what an earlier try of the same call left under it.
+func (l *link) vacate(s *slot, id signer.ID, begun *bool) error {
+	if *begun {
+		return failed("C_DestroyObject", l.destroy(s, id))
+	}
+	err := l.unused(s, id)
+	*begun = err == nil
+	return err
+}
+
+// made reads a new key back and remembers its handle. A key whose caller has left meanwhile is removed.
+func (l *link) made(ctx context.Context, s *slot, id signer.ID, h objectHandle) (signer.KeyInfo, error) {
 	e, err := l.describe(s, h)
+	if err == nil {
+		err = ctx.Err()
+	}
 	if err == nil && e.info.Problem != "" {
 		err = failing(signer.CallerError, "reading the new key", "%s", e.info.Problem)
 	}
@@ -177,9 +205,10 @@ func (b *Backend) Import(ctx context.Context, id signer.ID, pkcs8 []byte) (signe
 		return nil, err
 	}
 	defer unlock()
+	begun := false
 	info, err := do(ctx, b, func(s *slot) (signer.KeyInfo, error) {
 		l := s.link
-		if err := l.unused(s, id); err != nil {
+		if err := l.vacate(s, id, &begun); err != nil {
 			return signer.KeyInfo{}, err
 		}
 		pubObject, privObject := importObjects(private, pub)
@@ -191,7 +220,7 @@ func (b *Backend) Import(ctx context.Context, id signer.ID, pkcs8 []byte) (signe
 			_ = l.destroy(s, id)
 			return signer.KeyInfo{}, failed("C_CreateObject", err)
 		}
-		info, err := l.made(s, id, h)
+		info, err := l.made(ctx, s, id, h)
 		if err != nil {
 			return info, err
 		}
@@ -204,10 +233,8 @@ func (b *Backend) Import(ctx context.Context, id signer.ID, pkcs8 []byte) (signe
 }
 
 func (l *link) proveImport(s *slot, info signer.KeyInfo, h objectHandle) error {
-	alg := info.Public.Algorithm()
-	msg := signature.Encode(signature.Possession, []byte("import"), info.ID.Bytes())
-	sig, err := l.sign(s, alg, h, signature.Digest(alg, msg))
-	if err == nil && signature.Verify(info.Public, msg, sig) != nil {
+	good, err := l.proves(s, info.ID, h, info.Public)
+	if err == nil && !good {
 		err = failing(signer.CallerError, "proving the imported key", "its signature does not verify")
 	}
 	if err != nil {

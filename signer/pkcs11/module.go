@@ -5,6 +5,7 @@ package pkcs11
 import (
 	"errors"
 	"os"
+	"strings"
 	"sync"
 
 	"github.com/miekg/pkcs11"
@@ -18,8 +19,9 @@ const (
 	ckmEdDSA             = 0x1057
 )
 
-// cryptoki is the part of PKCS#11 that this package uses. *pkcs11.Ctx is one; tests script another.
-type cryptoki interface {
+// Cryptoki is the part of PKCS#11 that this package uses. Each method is the C function of its name and fails with a
+// pkcs11.Error (github.com/miekg/pkcs11), the function's CKR_* value. Methods are called from many goroutines at once.
+type Cryptoki interface {
 	Initialize(opts ...pkcs11.InitializeOption) error
 	Finalize() error
 	GetSlotList(tokenPresent bool) ([]uint, error)
@@ -42,24 +44,25 @@ type cryptoki interface {
 	Sign(s pkcs11.SessionHandle, msg []byte) ([]byte, error)
 }
 
-// A module is a loaded shared object. PKCS#11 has one state per process and module, so that backends of one
-// module share it: only the last user may finalise.
-type module struct {
-	cryptoki
-	mu    sync.Mutex
-	users int
+// A library is a loaded shared object. PKCS#11 has one state per process and library, so that Backends of one library
+// share it: only the last user may finalise. A token that came back without its index is found again only after
+// that, so that a Backend recovers for certain only where it is the library's one user.
+type library struct {
+	cryptoki Cryptoki
+	mu       sync.Mutex
+	users    int
 }
 
-var modules struct {
+var libraries struct {
 	sync.Mutex
-	loaded map[string]*module
+	loaded map[string]*library
 }
 
-// load returns the module at path. A module is never unloaded: many of them do not survive that.
-func load(path string) (*module, error) {
-	modules.Lock()
-	defer modules.Unlock()
-	if m := modules.loaded[path]; m != nil {
+// load returns the library at path. It is never unloaded: many do not survive that.
+func load(path string) (*library, error) {
+	libraries.Lock()
+	defer libraries.Unlock()
+	if m := libraries.loaded[path]; m != nil {
 		return m, nil
 	}
 	if _, err := os.Stat(path); err != nil {
@@ -69,34 +72,41 @@ func load(path string) (*module, error) {
 	if ctx == nil {
 		return nil, &failure{class: signer.TokenLost, op: "loading the module", cause: errNotAModule}
 	}
-	m := &module{cryptoki: ctx}
-	if modules.loaded == nil {
-		modules.loaded = map[string]*module{}
+	m := &library{cryptoki: ctx}
+	if libraries.loaded == nil {
+		libraries.loaded = map[string]*library{}
 	}
-	modules.loaded[path] = m
+	libraries.loaded[path] = m
 	return m, nil
 }
 
-// enter makes the caller a user of the module and initialises it.
+// A module is a library as one Backend sees it: behind what Config.Wrap put around it.
+type module struct {
+	Cryptoki
+	shared *library
+}
+
+// enter makes the caller a user of the library and initialises it.
 func (m *module) enter() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	m.shared.mu.Lock()
+	defer m.shared.mu.Unlock()
 	err := m.Initialize()
 	if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
 		return failed("C_Initialize", err)
 	}
-	m.users++
+	m.shared.users++
 	return nil
 }
 
 // leave ends one use; the last user finalises, which also closes all sessions.
-func (m *module) leave() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.users--
-	if m.users == 0 {
-		_ = m.Finalize() // a module that cannot even finalise is initialised again or left alone
+func (m *module) leave() error {
+	m.shared.mu.Lock()
+	defer m.shared.mu.Unlock()
+	m.shared.users--
+	if m.shared.users > 0 {
+		return nil
 	}
+	return failed("C_Finalize", m.Finalize())
 }
 
 var (
@@ -104,5 +114,27 @@ var (
 	errNotAModule = errors.New("not a PKCS#11 module, or one that cannot be loaded")
 	errNoToken    = errors.New("no token with that label and serial is present")
 	errTwoTokens  = errors.New("several tokens have that label and serial")
+	errNoSerial   = errors.New("a token without a serial number holds none of the keys that were used")
 	errHangs      = errors.New("a call into the module does not come back")
 )
+
+// An otherToken says that the token's label was found, on a token with another serial number.
+type otherToken struct{ want, found string }
+
+func (o *otherToken) Error() string {
+	return "a token with that label is present, but its serial is " + printable(o.found) + " and not " + printable(o.want)
+}
+
+// printable returns a text of the device without what a terminal or a log would act on.
+func printable(s string) string {
+	clean := strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' {
+			return '?'
+		}
+		return r
+	}, s)
+	if clean == "" {
+		return "empty"
+	}
+	return clean
+}

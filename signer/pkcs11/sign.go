@@ -5,6 +5,7 @@ package pkcs11
 import (
 	"bytes"
 	"context"
+	"errors"
 	"sync"
 	"sync/atomic"
 
@@ -30,45 +31,73 @@ func (k *key) Public() ident.PublicKey { return k.info.Public }
 
 func (k *key) Info() signer.KeyInfo { return k.info }
 
-// Sign implements signer.Signer.
+// Sign implements signer.Signer. A signature that does not verify is made once more, on a fresh session.
 func (k *key) Sign(ctx context.Context, msg []byte) ([]byte, error) {
 	input := signature.Digest(k.info.Public.Algorithm(), msg)
 	if ctx.Done() != nil && k.info.Public.Algorithm() == ident.Ed25519 {
 		input = bytes.Clone(msg) // a call that outlives ctx must not read the caller's memory
 	}
-	sig, err := do(ctx, k.b, func(s *slot) ([]byte, error) { return k.raw(s, input) })
-	if err != nil {
-		return nil, err
+	for again := false; ; again = true {
+		made, err := do(ctx, k.b, func(s *slot) (made, error) { return k.raw(s, input) })
+		if err != nil {
+			return nil, err
+		}
+		// Outside the slot, so that the session signs the next message meanwhile.
+		err = signature.Verify(k.info.Public, msg, made.signature)
+		if err == nil {
+			return made.signature, nil
+		}
+		wrong := &failure{class: signer.ModuleDead, op: "C_Sign", cause: err}
+		k.b.failures.add(wrong)
+		k.b.cfg.Log.Error("the token returned a signature that does not verify", "key", k.info.ID.String(), "again", again)
+		if again {
+			return nil, fault.Wrap(fault.DeviceDead, wrong, "the token returned a signature that does not verify")
+		}
+		made.link.distrust(k.info.ID, made.generation)
 	}
-	// Outside the slot, so that the session signs the next message meanwhile.
-	if err := signature.Verify(k.info.Public, msg, sig); err != nil {
-		k.b.cfg.Log.Error("the token returned a signature that does not verify", "key", k.info.ID.String())
-		return nil, fault.Wrap(fault.DeviceDead, &failure{class: signer.ModuleDead, op: "C_Sign", cause: err},
-			"the token returned a signature that does not verify")
-	}
-	return sig, nil
+}
+
+// made is an unverified signature and where it comes from.
+type made struct {
+	signature  []byte
+	link       *link
+	generation uint32
 }
 
 // raw makes one signature, unverified.
-func (k *key) raw(s *slot, input []byte) ([]byte, error) {
+func (k *key) raw(s *slot, input []byte) (made, error) {
 	l := s.link
 	h, ok := l.handle(refOf(k.info))
 	if !ok {
 		e, err := l.lookup(s, k.info.ID)
 		if err != nil {
-			return nil, err
+			return made{}, err
 		}
-		if !e.info.Public.Equal(k.info.Public) {
-			return nil, failing(signer.KeyGone, "finding the key", "another key has its id")
+		if err := l.belongs(s, e, k.info.Public); err != nil {
+			return made{}, err
 		}
 		h = e.handle
 		l.remember(refOf(k.info), h)
 	}
 	sig, err := l.sign(s, k.info.Public.Algorithm(), h, input)
-	if classOf(err) == signer.HandleLost {
+	if ok && oddities[rvOf(err)] {
+		err = &failure{class: signer.HandleLost, op: "C_SignInit", cause: errors.Unwrap(err)}
+	}
+	switch {
+	case err == nil:
+		if l.unwell.Load() > 0 {
+			l.unwell.Store(0)
+		}
+	case classOf(err) == signer.HandleLost || classOf(err) == signer.KeyGone:
 		l.forget(k.info.ID)
 	}
-	return sig, err
+	return made{sig, l, s.generation}, err
+}
+
+// oddities are what SoftHSM says of the handle of a key that is just being deleted, and what is believed only of one
+// that was just found.
+var oddities = map[pkcs11.Error]bool{
+	pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED: true, pkcs11.CKR_KEY_TYPE_INCONSISTENT: true,
 }
 
 // sign makes one signature of a message (Ed25519) or digest.
@@ -98,6 +127,10 @@ var (
 // SignBatch implements signer.BatchSigner: while one message is being verified, the sessions sign others.
 func (k *key) SignBatch(ctx context.Context, msgs [][]byte) []signer.Result {
 	out := make([]signer.Result, len(msgs))
+	if len(msgs) == 1 {
+		out[0].Signature, out[0].Err = k.Sign(ctx, msgs[0])
+		return out
+	}
 	var next atomic.Int64
 	var wg sync.WaitGroup
 	for range min(len(msgs), 2*k.b.cfg.Sessions) {

@@ -190,7 +190,7 @@ func TestWrongPINIsTriedOnce(t *testing.T) {
 		if _, err := b.Generate(t.Context(), newID(t), ident.Ed25519); !errors.Is(err, fault.AuthorisationRefused) {
 			t.Fatalf("with a wrong PIN: %v", err)
 		}
-		if d := b.Describe(t.Context()); d.State != signer.Stopped || d.Remedy == "" {
+		if d := b.Describe(t.Context()); d.State != signer.Locked || d.Remedy == "" {
 			t.Fatalf("description: %+v", d)
 		}
 	}
@@ -201,4 +201,8 @@ func TestWrongPINIsTriedOnce(t *testing.T) {
 
 func TestConformance(t *testing.T) {
 	signertest.Run(t, func(t testing.TB) signer.Backend { b, _ := open(t); return b })
+}
+
+func fixed(pin string) func(context.Context) ([]byte, error) {
+	return func(context.Context) ([]byte, error) { return []byte(pin), nil }
 }

@@ -16,6 +16,7 @@ import (
 	"context"
 	"crypto"
 	"path/filepath"
+	"runtime"
 	"sync"
 
 	"github.com/trustd/trustd/fault"
@@ -123,6 +124,9 @@ func stateOf(c fault.Code) signer.State {
 	}
 	return signer.Stopped
 }
+
+// Parallel returns the number of cores: a software signature is arithmetic.
+func (b *Backend) Parallel() int { return runtime.NumCPU() }
 
 // begin starts a call: the folder is open, the context lives, and Close waits until release is called.
 func (b *Backend) begin(ctx context.Context) (release func(), err error) {

@@ -2,6 +2,7 @@ package tpm
 
 import (
 	"bytes"
+	"container/list"
 	"errors"
 	"fmt"
 	"slices"
@@ -9,22 +10,27 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/trustd/trustd/fault"
-	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/internal/tpmdev"
 	"github.com/trustd/trustd/signer"
 )
 
 // A chip is what is loaded on the TPM: an HMAC session, the storage root key and the keys used last. It belongs to
-// the Device's owner goroutine and is touched inside a job only. Nothing in it survives a change of epoch.
+// the Device's jobs and is touched inside one only. Nothing in it survives a change of epoch.
 type chip struct {
+	notes   *notes
 	conn    *tpmdev.Conn // of the job that runs
 	epoch   uint64
 	facts   *facts
+	slots   int       // that we use: as many as the TPM names, fewer once it had no room for them
 	parents []*object // the storage keys found; new keys go under the first
 	session tpm2.Session
 	loaded  []*object // least recently used first
-	refused error     // that the storage hierarchy refused us; never asked again in this epoch
+	saved   list.List // objects with a saved context, least recently used first
 }
+
+// maxSaved bounds the saved contexts, each of one to two kilobytes, which stay in our memory. A key without one is
+// loaded from its blob.
+const maxSaved = 1024
 
 // An object is a key that can be loaded into one of the TPM's few slots.
 type object struct {
@@ -39,6 +45,7 @@ type object struct {
 	handle     tpm2.TPMHandle // 0 = not loaded
 	persistent bool
 	context    *tpm2.TPMSContext // loads faster than the blob, and without the parent
+	saved      *list.Element     // in the chip's list of contexts
 }
 
 func newObject(public, private, parent []byte) (*object, error) {
@@ -53,18 +60,31 @@ func newObject(public, private, parent []byte) (*object, error) {
 	return &object{area: *area, public: public, private: private, parent: parent, name: *name}, nil
 }
 
-// maxRepairs bounds how often one job begins anew after a loss that the chip can repair.
-const maxRepairs = 2
+// repairs bounds how often one job begins anew after each kind of loss that the chip can repair.
+func repairs() map[signer.Class]int {
+	return map[signer.Class]int{
+		signer.SessionLost: 1, signer.LoginLost: 1, signer.HandleLost: 1, signer.TokenLost: 1, signer.ResourcesExhausted: 2,
+	}
+}
 
 // run does f, and does it again after it put right what was lost: a session, handles, room.
 func (ch *chip) run(conn *tpmdev.Conn, f func(*chip) error) error {
 	ch.conn = conn
-	for try := 0; ; try++ {
+	var left map[signer.Class]int
+	for {
 		err := ch.begin()
 		if err == nil {
 			err = f(ch)
 		}
-		if err == nil || !ch.repair(classify(err)) || try == maxRepairs { // what is lost is dropped even at the last
+		if err == nil {
+			return nil
+		}
+		c := ch.notes.command(err)
+		again := ch.repair(c, err) // what is lost is dropped even at the last
+		if left == nil {
+			left = repairs()
+		}
+		if left[c]--; !again || left[c] < 0 {
 			return err
 		}
 	}
@@ -73,29 +93,45 @@ func (ch *chip) run(conn *tpmdev.Conn, f func(*chip) error) error {
 // begin forgets what an earlier epoch knew.
 func (ch *chip) begin() error {
 	if ch.epoch != ch.conn.Epoch() {
-		*ch = chip{conn: ch.conn, epoch: ch.conn.Epoch()}
+		ch.dropContexts()
+		*ch = chip{notes: ch.notes, conn: ch.conn, epoch: ch.conn.Epoch()}
 	}
 	if ch.facts != nil {
 		return nil
 	}
 	f, err := readFacts(ch.conn)
-	ch.facts = f
-	return err
+	if err != nil {
+		return err
+	}
+	ch.facts, ch.slots = f, f.slots
+	return nil
 }
 
 // repair puts right what a failure of this class says is wrong, and reports whether trying again makes sense.
-func (ch *chip) repair(c signer.Class) bool {
+func (ch *chip) repair(c signer.Class, err error) bool {
 	switch c {
-	case signer.SessionLost, signer.LoginLost:
+	case signer.SessionLost:
+		ch.endSession()
+	case signer.LoginLost:
+		if errors.Is(err, errProof) { // whether the command was done, and what it left loaded, is not known
+			ch.conn.Abandon(err)
+			return false
+		}
 		ch.endSession()
 	case signer.HandleLost:
 		ch.clear()
 	case signer.ResourcesExhausted:
+		held := len(ch.loaded)
 		ch.clear()
-		if !ch.conn.Managed() {
-			return ch.conn.FlushAll() == nil
+		foreign, ferr := ch.conn.FlushAll()
+		if ferr == nil && foreign == 0 && noSlot(err) { // all that was loaded was ours: it has fewer slots than it says
+			ch.slots = max(min(ch.slots, held), fewestSlots)
 		}
-	case signer.TokenLost:
+		return ferr == nil
+	case signer.TokenLost, signer.ModuleDead:
+		if defunct(err) {
+			ch.conn.Abandon(err)
+		}
 		return ch.epoch != ch.conn.Epoch() // reset and started again under an open connection
 	default:
 		return false
@@ -103,11 +139,17 @@ func (ch *chip) repair(c signer.Class) bool {
 	return true
 }
 
+// noSlot reports whether the TPM had no room for an object.
+func noSlot(err error) bool {
+	return errors.Is(err, tpm2.TPMRCObjectMemory) || errors.Is(err, tpm2.TPMRCObjectHandles) || errors.Is(err, tpm2.TPMRCMemory)
+}
+
 // clear flushes and forgets all that is loaded. Handles that are gone already are no reason to stop.
 func (ch *chip) clear() {
 	for _, o := range ch.loaded {
 		_, _ = tpm2.FlushContext{FlushHandle: o.handle}.Execute(ch.conn)
-		o.handle, o.context = 0, nil
+		ch.dropContext(o)
+		o.handle = 0
 	}
 	ch.loaded, ch.parents = nil, nil
 	ch.endSession()
@@ -128,26 +170,6 @@ func (ch *chip) release(conn *tpmdev.Conn) {
 	}
 }
 
-// sign signs a digest with a key.
-func (ch *chip) sign(o *object, alg ident.Algorithm, digest []byte) ([]byte, error) {
-	if err := ch.startSession(); err != nil {
-		return nil, err
-	}
-	if err := ch.load(o); err != nil {
-		return nil, err
-	}
-	rsp, err := command(tpm2.Sign{
-		KeyHandle:  ch.authorised(o),
-		Digest:     tpm2.TPM2BDigest{Buffer: digest},
-		InScheme:   kinds[alg].scheme(),
-		Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck},
-	}.Execute(ch.conn))
-	if err != nil {
-		return nil, ch.doubtRefusal(o, fmt.Errorf("signing: %w", err))
-	}
-	return rawSignature(alg, &rsp.Signature)
-}
-
 // doubtRefusal looks at whose handle it was that refused us. The session's HMAC covers the key's name, so a handle
 // that names another object since a reset looks like a wrong authorisation.
 func (ch *chip) doubtRefusal(o *object, err error) error {
@@ -161,7 +183,7 @@ func (ch *chip) doubtRefusal(o *object, err error) error {
 	if !bytes.Equal(rsp.Name.Buffer, o.name.Buffer) {
 		return errors.Join(tpm2.TPMRCHandle, err)
 	}
-	return err
+	return fmt.Errorf("%w: %w", errKeyRefused, err)
 }
 
 // create makes a key under the storage root key.
@@ -207,7 +229,7 @@ func (ch *chip) load(o *object) error {
 		InPublic:     tpm2.BytesAs2B[tpm2.TPMTPublic](o.public),
 	}.Execute(ch.conn))
 	if classify(err) == signer.CallerError {
-		return fault.Wrap(fault.KeyGone, err, "the key's files are damaged")
+		return keyGone(err, "the key's files are damaged")
 	}
 	if err != nil {
 		return ch.noteRefusal(fmt.Errorf("loading a key: %w", err))
@@ -232,20 +254,43 @@ func (ch *chip) loadContext(o *object) (bool, error) {
 	switch {
 	case err == nil:
 		ch.occupy(o, rsp.LoadedHandle)
+		ch.saved.MoveToBack(o.saved)
 		return true, nil
-	case classify(err) == signer.TokenLost:
+	case classify(err) == signer.TokenLost, errors.Is(err, errProof):
 		return false, err
 	}
-	o.context = nil
+	ch.notes.command(err)
+	ch.dropContext(o)
 	return false, nil
+}
+
+// keepContext notes the saved context of o, in place of the one that was of no use for longest.
+func (ch *chip) keepContext(o *object, c *tpm2.TPMSContext) {
+	o.context, o.saved = c, ch.saved.PushBack(o)
+	if ch.saved.Len() > maxSaved {
+		ch.dropContext(ch.saved.Front().Value.(*object))
+	}
+}
+
+func (ch *chip) dropContext(o *object) {
+	if o.context != nil && o.epoch == ch.epoch {
+		ch.saved.Remove(o.saved)
+	}
+	o.context, o.saved = nil, nil
+}
+
+// dropContexts forgets all saved contexts.
+func (ch *chip) dropContexts() {
+	for e := ch.saved.Front(); e != nil; e = e.Next() {
+		o := e.Value.(*object)
+		o.context, o.saved = nil, nil
+	}
+	ch.saved.Init()
 }
 
 // occupy notes that o was loaded.
 func (ch *chip) occupy(o *object, h tpm2.TPMHandle) {
-	if o.epoch != ch.epoch {
-		o.epoch, o.context = ch.epoch, nil
-	}
-	o.handle = h
+	o.epoch, o.handle = ch.epoch, h // contexts of an earlier epoch were dropped with it
 	ch.loaded = append(ch.loaded, o)
 }
 
@@ -272,7 +317,7 @@ func (ch *chip) room(parent *object) error {
 		keep = 1
 		ch.resident(parent) // the last to go
 	}
-	for len(ch.loaded) > max(ch.facts.slots-need, keep) {
+	for len(ch.loaded) > max(ch.slots-need, keep) {
 		if err := ch.evict(ch.loaded[0]); err != nil {
 			return err
 		}
@@ -285,7 +330,7 @@ func (ch *chip) evict(o *object) error {
 	if o.context == nil {
 		rsp, err := command(tpm2.ContextSave{SaveHandle: o.handle}.Execute(ch.conn))
 		if err == nil {
-			o.context = &rsp.Context
+			ch.keepContext(o, &rsp.Context)
 		} else if c := classify(err); c != signer.CallerError {
 			return fmt.Errorf("saving a key's context: %w", err)
 		}
@@ -310,7 +355,7 @@ func (ch *chip) forget(o *object) error {
 			return err
 		}
 	}
-	o.context = nil
+	ch.dropContext(o)
 	return nil
 }
 
@@ -347,8 +392,8 @@ func (ch *chip) startSession() error {
 // parent returns the storage key above o, loaded; for nil the one that new keys go under. A key whose storage key
 // this TPM does not have was made by another TPM, or before this one was cleared.
 func (ch *chip) parent(o *object) (*object, error) {
-	if ch.refused != nil {
-		return nil, ch.refused
+	if e := ch.notes.refused.Load(); e != nil {
+		return nil, e
 	}
 	for i := 0; ; i++ {
 		if i == len(ch.parents) {
@@ -357,7 +402,10 @@ func (ch *chip) parent(o *object) (*object, error) {
 				return nil, ch.noteRefusal(err)
 			}
 			if p == nil {
-				return nil, fault.New(fault.KeyGone, "the key belongs to another TPM, or to this one before it was cleared")
+				if err := ch.ping(); err != nil { // all storage keys may be from memory, and the TPM another since
+					return nil, err
+				}
+				return nil, keyGone(nil, "the key belongs to another TPM, or to this one before it was cleared")
 			}
 			ch.parents = append(ch.parents, p)
 		}
@@ -372,10 +420,13 @@ func (ch *chip) parent(o *object) (*object, error) {
 	}
 }
 
-// noteRefusal remembers that the hierarchy or the storage key in it refused us.
+// noteRefusal remembers that the hierarchy or the storage key in it refused us. It is not asked again until an
+// operator says so, whatever connection or TPM is there then.
 func (ch *chip) noteRefusal(err error) error {
 	if classify(err) == signer.AuthorisationRefused {
-		ch.refused = err
+		ch.notes.refused.CompareAndSwap(nil, known(err))
+		ch.notes.log.Error("the TPM refuses its storage hierarchy; it is not asked again until an operator unlocks it",
+			"cause", err)
 	}
 	return err
 }
@@ -474,6 +525,6 @@ func (ch *chip) loadPrimary(o *object) error {
 		return tpm2.TPMRCHandle
 	}
 	ch.loaded[len(ch.loaded)-1] = o
-	o.handle, o.context = fresh.handle, nil
+	o.handle = fresh.handle
 	return nil
 }

@@ -134,26 +134,83 @@ var texts = map[signer.Class]string{
 	signer.CallerError:          "the TPM cannot do that with this key",
 }
 
-// errProof says that a response was not the one that the HMAC session proves, or cannot be read at all.
+// errProof says that a response was not the one that the HMAC session proves, or cannot be read at all. What it did to
+// the TPM is not known then.
 var errProof = errors.New("the response is not proven to be the TPM's")
+
+// A failure is the cause inside a fault.Error, with its class.
+type failure struct {
+	class signer.Class
+	cause error
+	again bool // what was found out before: the TPM was not asked
+}
+
+func (f *failure) Error() string {
+	if f.cause == nil {
+		return string(f.class)
+	}
+	return f.cause.Error()
+}
+
+func (f *failure) Unwrap() error { return f.cause }
+
+// SignerClass returns the class; see signer.ClassOf.
+func (f *failure) SignerClass() signer.Class { return f.class }
+
+// keyGone returns the error for a key that the TPM does not have, or has another in place of.
+func keyGone(cause error, text string) *fault.Error {
+	return fault.Wrap(fault.KeyGone, &failure{class: signer.KeyGone, cause: cause}, "%s", text)
+}
 
 // classify returns the class of an error of a command; "" for errors that are no device's.
 func classify(err error) signer.Class {
 	var rc tpm2.TPMRC
+	var f *failure
 	switch {
 	case err == nil:
 		return ""
-	case errors.Is(err, tpmdev.ErrLost), errors.Is(err, tpmdev.ErrHung), errors.Is(err, tpmdev.ErrAbsent):
+	case errors.As(err, &f):
+		return f.class
+	case errors.Is(err, tpmdev.ErrLost), errors.Is(err, tpmdev.ErrHung):
 		return signer.TokenLost
 	case errors.Is(err, errProof):
 		return signer.LoginLost
 	case errors.As(err, &rc):
-		if c, ok := classes[canonical(rc)]; ok {
-			return c
-		}
-		return signer.ModuleDead
+		return classOf(rc)
+	case errors.Is(err, tpmdev.ErrAbsent):
+		return signer.TokenLost
 	}
 	return ""
+}
+
+// classOf returns the class of a response code.
+func classOf(rc tpm2.TPMRC) signer.Class {
+	const formatOne, isParameter, isSession, number = 0x080, 0x040, 0x800, 0x700
+	if rc&formatOne != 0 && rc&isParameter == 0 && rc&number != 0 {
+		// Of a handle, or of a session. What we load is fit for its use, so a handle that is not names something else
+		// by now: others have flushed ours.
+		switch canonical(rc) {
+		case tpm2.TPMRCValue, tpm2.TPMRCAttributes, tpm2.TPMRCType, tpm2.TPMRCKey:
+			if rc&isSession != 0 {
+				return signer.SessionLost
+			}
+			return signer.HandleLost
+		}
+	}
+	if c, ok := classes[canonical(rc)]; ok {
+		return c
+	}
+	return signer.ModuleDead
+}
+
+// defunct reports whether the TPM as a whole does not work: another connection, or another TPM, may.
+func defunct(err error) bool {
+	for _, rc := range []tpm2.TPMRC{tpm2.TPMRCFailure, tpm2.TPMRCReboot, tpm2.TPMRCUpgrade, tpm2.TPMRCNVUninitialized} {
+		if errors.Is(err, rc) {
+			return true
+		}
+	}
+	return false
 }
 
 // canonical takes the number of the handle, parameter or session out of a format-one code.
@@ -165,17 +222,26 @@ func canonical(rc tpm2.TPMRC) tpm2.TPMRC {
 	return rc
 }
 
-// report turns what a job returned into what callers see.
+// report turns what a job returned into what callers see, with the class inside.
 func report(err error) error {
-	var e *fault.Error
-	if err == nil || errors.As(err, &e) {
-		return err
-	}
 	c := classify(err)
-	if c == "" {
+	var e *fault.Error
+	var f *failure
+	switch {
+	case err == nil || errors.As(err, &f):
+		return err
+	case c == "":
 		return fault.From(err)
+	case !errors.As(err, &e):
+		return fault.Wrap(c.Code(), &failure{class: c, cause: err}, "%s", texts[c])
+	case e.Code == fault.DeviceLost && c.Code() != e.Code: // the Device has no connection, and the TPM has said why
+		out := fault.Wrap(c.Code(), &failure{class: c, cause: e.Err}, "%s", texts[c])
+		out.RetryAfter = e.RetryAfter
+		return out
 	}
-	return fault.Wrap(c.Code(), err, "%s", texts[c])
+	out := *e
+	out.Err = &failure{class: c, cause: e.Err}
+	return &out
 }
 
 // command marks the errors of a command that are neither a response code nor the connection's: go-tpm could not

@@ -38,6 +38,10 @@ func TestClassify(t *testing.T) {
 		{tpm2.TPMRC(0x18b), signer.HandleLost},           // HANDLE, handle 1
 		{tpm2.TPMRC(0x1df), signer.KeyGone},              // INTEGRITY, parameter 1
 		{tpm2.TPMRC(0x2c4), signer.CallerError},          // VALUE, parameter 2
+		{tpm2.TPMRC(0x184), signer.HandleLost},           // VALUE, handle 1
+		{tpm2.TPMRC(0x984), signer.SessionLost},          // VALUE, session 1
+		{tpm2.TPMRC(0x182), signer.HandleLost},           // ATTRIBUTES, handle 1
+		{tpm2.TPMRC(0x1c2), signer.CallerError},          // ATTRIBUTES, parameter 1
 		{tpm2.TPMRC(0x902), signer.ResourcesExhausted},   // OBJECT_MEMORY
 		{tpm2.TPMRC(0x921), signer.AuthorisationRefused}, // LOCKOUT
 		{tpm2.TPMRC(0x100), signer.TokenLost},            // INITIALIZE
@@ -85,7 +89,7 @@ func TestPSSSalt(t *testing.T) {
 			t.Errorf("salt %d: %v, RSA offered: %v", salt, err, offered)
 		}
 		sig[7] ^= 1
-		if offered, err = tpm.TryOut(pub, message, sig); fault.CodeOf(err) != fault.DeviceLost || !offered {
+		if offered, err = tpm.TryOut(pub, message, sig); fault.CodeOf(err) != fault.DeviceDead || !offered {
 			t.Errorf("a wrong signature: %v, RSA offered: %v", err, offered)
 		}
 	}

@@ -27,6 +27,7 @@ type facts struct {
 }
 
 const (
+	fewestSlots  = 2  // a key and the storage key above it
 	leastSlots   = 3  // PC Client TPM Profile, and what the kernel's resource manager grants a connection
 	mostSlots    = 16 // more would only be more to lose
 	propsAsked   = 127
@@ -167,6 +168,15 @@ func (b *Backend) Describe(ctx context.Context) signer.Description {
 	for _, a := range d.Algorithms {
 		d.Mechanisms = append(d.Mechanisms, mechanisms[a])
 	}
+	b.mu.Lock()
+	if n := len(b.locked); n > 0 {
+		d.Limits["keys_refused"] = strconv.Itoa(n)
+	}
+	b.mu.Unlock()
+	if b.notes.recovering() {
+		d.State, d.Problem = signer.Recovering, "the TPM is back; no signature has proved it yet"
+		d.Remedy = "Sign with a key of this TPM."
+	}
 	if b.badPSS.Load() {
 		d.Limits["rsa"] = "not offered: this chip's PSS salt is not as long as the hash"
 	}
@@ -192,9 +202,9 @@ func ailment(err error, addr tpmdev.Address) (s signer.State, problem, remedy st
 	case e.Code == fault.Stopping:
 		return signer.Stopped, problem, "Open the backend again."
 	case e.Code == fault.AuthorisationRefused:
-		return signer.Stopped, problem, "The owner hierarchy or its storage root key has a password: make a storage " +
+		return signer.Locked, problem, "The owner hierarchy or its storage root key has a password: make a storage " +
 			"root key without one persistent at 0x81000001, by the TCG's ECC template, or clear the owner's password; " +
-			"then restart the daemon."
+			"then run trustd backend unlock NAME."
 	case e.Code == fault.DeviceDead:
 		return signer.Degraded, problem, "Power-cycle the host; a firmware update may be needed."
 	case errors.Is(err, os.ErrPermission):

@@ -48,56 +48,59 @@ func uri(id signer.ID) string { return signer.URI{Scheme: "tpm", ID: id}.String(
 func digest(alg ident.Algorithm, msg []byte) []byte { return signature.Digest(alg, msg) }
 
 // Sign hashes the message, has the TPM sign the hash and verifies the result, outside the TPM's queue, so that the
-// chip is at its next signature meanwhile.
+// chip is at its next signature meanwhile. A wrong signature is made anew once, by the key loaded anew.
 func (k *key) Sign(ctx context.Context, msg []byte) ([]byte, error) {
 	d := digest(k.pub.Algorithm(), msg)
-	sig, err := k.signDigest(ctx, d, nil)
+	sig, losses, err := k.signDigest(ctx, d, nil)
 	if err != nil {
 		return nil, err
 	}
-	if signature.Verify(k.pub, msg, sig) == nil {
-		return sig, nil
+	if signature.Verify(k.pub, msg, sig) != nil {
+		k.backend.wrongSignature(k.id)
+		sig, losses, err = k.signDigest(ctx, d, func(ch *chip) error { return ch.forget(k.object) })
+		if err != nil {
+			return nil, err
+		}
+		if err := signature.Verify(k.pub, msg, sig); err != nil {
+			return nil, k.backend.wrongSignature(k.id)
+		}
 	}
-	k.backend.log.Error("the TPM returned a wrong signature", "key", k.id.String())
-	sig, err = k.signDigest(ctx, d, func(ch *chip) error { return ch.forget(k.object) })
-	if err != nil {
-		return nil, err
-	}
-	if err := signature.Verify(k.pub, msg, sig); err != nil {
-		return nil, fault.Wrap(fault.DeviceLost, err, "the TPM returns wrong signatures")
-	}
+	k.backend.notes.prove(losses)
 	return sig, nil
 }
 
-// signDigest has the TPM sign, after it did first.
-func (k *key) signDigest(ctx context.Context, d []byte, first func(*chip) error) ([]byte, error) {
+// wrongSignature counts a signature that does not verify and returns the error for it.
+func (b *Backend) wrongSignature(id signer.ID) error {
+	b.log.Error("the TPM returned a wrong signature", "key", id.String())
+	b.notes.count(signer.ModuleDead)
+	return fault.Wrap(fault.DeviceDead, &failure{class: signer.ModuleDead}, "the TPM returns wrong signatures")
+}
+
+// signDigest has the TPM sign, after it did first. losses is how often the TPM had gone until then.
+func (k *key) signDigest(ctx context.Context, d []byte, first func(*chip) error) (sig []byte, losses uint64, err error) {
 	if err := k.usable(); err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	var sig []byte
-	err := k.backend.do(ctx, func(ch *chip) error {
+	type made struct {
+		sig    []byte
+		losses uint64
+	}
+	out, err := ask(ctx, k.backend, func(ch *chip) (made, error) {
 		if err := k.usable(); err != nil {
-			return err
+			return made{}, err
 		}
 		if first != nil {
 			if err := first(ch); err != nil {
-				return err
+				return made{}, err
 			}
 		}
 		s, err := ch.sign(k.object, k.pub.Algorithm(), d)
-		if classify(err) == signer.AuthorisationRefused && ch.refused == nil {
-			var e *fault.Error
-			if errors.As(report(err), &e) {
-				k.refused.Store(e)
-			}
+		if errors.Is(err, errKeyRefused) {
+			k.backend.lock(k, err)
 		}
-		sig = s
-		return err
+		return made{s, k.backend.notes.losses.Load()}, err
 	})
-	if err != nil {
-		return nil, err
-	}
-	return sig, nil
+	return out.sig, out.losses, err
 }
 
 func (k *key) usable() error {
@@ -144,7 +147,7 @@ func (k *key) tryOut(msg, sig []byte) error {
 					"use ecdsa-p256")
 		}
 	}
-	return fault.New(fault.DeviceLost, "the TPM returns wrong signatures")
+	return k.backend.wrongSignature(k.id)
 }
 
 var (

@@ -21,6 +21,7 @@ import (
 	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/signer/tpm"
 	softhsmtest "github.com/trustd/trustd/softhsm-test"
+	"github.com/trustd/trustd/softhsm-test/tpmproxy"
 )
 
 // TestMoreKeysThanSlots uses ten keys of three algorithms at once on a TPM with three slots.
@@ -244,19 +245,44 @@ func TestOwnerPassword(t *testing.T) {
 	setOwnerPassword(t, b)
 	b.Close()
 
-	r := newRelay(t, m.Path())
+	r := tpmproxy.New(t, m.Path())
 	b = open(t, r.Device(), keyDir(t))
 	for range 3 {
 		if _, err := b.Generate(t.Context(), newID(t), ident.ECDSAP256); fault.CodeOf(err) != fault.AuthorisationRefused {
 			t.Errorf("Generate without the owner's password: %v", verbose(err))
 		}
 	}
-	if d := b.Describe(t.Context()); d.State != signer.Stopped || d.Remedy == "" {
+	if d := b.Describe(t.Context()); d.State != signer.Locked || d.Remedy == "" {
 		t.Errorf("Describe: %+v", d)
 	}
-	if n := r.Count(tpm2.TPMCCCreatePrimary); n != 1 {
+	if n := r.Count(tpmproxy.CreatePrimary); n != 1 {
 		t.Errorf("the owner's authorisation was tried %d times", n)
 	}
+	if n := b.Failures()[signer.AuthorisationRefused]; n != 1 {
+		t.Errorf("%d refusals counted, want 1", n)
+	}
+	r.Cut() // a new connection is no reason to ask again
+	_, err := b.Generate(t.Context(), newID(t), ident.ECDSAP256)
+	if fault.CodeOf(err) != fault.AuthorisationRefused || r.Count(tpmproxy.CreatePrimary) != 1 {
+		t.Errorf("after a reconnect: %v, %d attempts", verbose(err), r.Count(tpmproxy.CreatePrimary))
+	}
+	if err := b.Unlock(t.Context()); fault.CodeOf(err) != fault.AuthorisationRefused || r.Count(tpmproxy.CreatePrimary) != 2 {
+		t.Errorf("Unlock: %v, %d attempts", verbose(err), r.Count(tpmproxy.CreatePrimary))
+	}
+	other(t, r, func(c transport.TPM) error {
+		_, err := tpm2.HierarchyChangeAuth{
+			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth([]byte("owner"))},
+		}.Execute(c)
+		return err
+	})
+	if _, err := b.Generate(t.Context(), newID(t), ident.ECDSAP256); fault.CodeOf(err) != fault.AuthorisationRefused {
+		t.Errorf("before Unlock: %v", verbose(err))
+	}
+	if err := b.Unlock(t.Context()); err != nil {
+		t.Errorf("Unlock: %v", verbose(err))
+	}
+	mustSign(t, generate(t, b, ident.ECDSAP256), message)
+	setOwnerPassword(t, b)
 	b.Close()
 
 	provision(t, m, srk{owner: []byte("owner"), unique: make([]byte, 32)})
@@ -270,17 +296,17 @@ func TestOwnerPassword(t *testing.T) {
 func TestStorageKeyPassword(t *testing.T) {
 	m := softhsmtest.NewTPM(t)
 	provision(t, m, srk{password: []byte("srk"), unique: make([]byte, 32)})
-	r := newRelay(t, m.Path())
+	r := tpmproxy.New(t, m.Path())
 	b := open(t, r.Device(), keyDir(t))
 	for range 3 {
 		if _, err := b.Generate(t.Context(), newID(t), ident.ECDSAP256); fault.CodeOf(err) != fault.AuthorisationRefused {
 			t.Errorf("Generate without the storage key's password: %v", verbose(err))
 		}
 	}
-	if n := r.Count(tpm2.TPMCCCreate); n != 1 {
+	if n := r.Count(tpmproxy.Create); n != 1 {
 		t.Errorf("the storage key's authorisation was tried %d times", n)
 	}
-	if d := b.Describe(t.Context()); d.State != signer.Stopped {
+	if d := b.Describe(t.Context()); d.State != signer.Locked {
 		t.Errorf("Describe: %+v", d)
 	}
 }

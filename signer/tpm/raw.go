@@ -45,8 +45,10 @@ func OpenRaw(path string) (_ *Raw, err error) {
 	parent := tpm2.NamedHandle{Handle: srk.ObjectHandle, Name: srk.Name}
 	made, err := tpm2.Create{ParentHandle: parent, InPublic: tpm2.New2B(tpm2.TPMTPublic{
 		Type: tpm2.TPMAlgECC, NameAlg: tpm2.TPMAlgSHA256,
-		ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, SignEncrypt: true},
-		Parameters:       tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{CurveID: tpm2.TPMECCNistP256}),
+		ObjectAttributes: tpm2.TPMAObject{
+			FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, SignEncrypt: true,
+		},
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{CurveID: tpm2.TPMECCNistP256}),
 	})}.Execute(r.tpm)
 	if err != nil {
 		return nil, fmt.Errorf("making a key: %w", err)
@@ -92,7 +94,8 @@ func (r *Raw) SignAndVerify(msg []byte) error {
 	if err != nil {
 		return fmt.Errorf("reading the signature: %w", err)
 	}
-	if !ecdsa.Verify(r.public, digest[:], new(big.Int).SetBytes(s.SignatureR.Buffer), new(big.Int).SetBytes(s.SignatureS.Buffer)) {
+	sigR, sigS := new(big.Int).SetBytes(s.SignatureR.Buffer), new(big.Int).SetBytes(s.SignatureS.Buffer)
+	if !ecdsa.Verify(r.public, digest[:], sigR, sigS) {
 		return errors.New("the signature does not verify")
 	}
 	return nil

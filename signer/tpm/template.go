@@ -31,16 +31,6 @@ var kinds = map[ident.Algorithm]kind{
 	ident.RSA4096:   {hash: tpm2.TPMAlgSHA256, bits: 4096},
 }
 
-// scheme returns the one way in which a key of the kind signs.
-func (k kind) scheme() tpm2.TPMTSigScheme {
-	if k.bits != 0 {
-		return tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgRSAPSS,
-			Details: tpm2.NewTPMUSigScheme(tpm2.TPMAlgRSAPSS, &tpm2.TPMSSchemeHash{HashAlg: k.hash})}
-	}
-	return tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgECDSA,
-		Details: tpm2.NewTPMUSigScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSchemeHash{HashAlg: k.hash})}
-}
-
 // parms returns the parameters of a key of the kind, with the scheme fixed in the key: the TPM itself then refuses
 // any other padding or hash.
 func (k kind) parms() tpm2.TPMTPublicParms {

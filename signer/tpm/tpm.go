@@ -34,13 +34,15 @@ type Backend struct {
 	dev   *tpmdev.Device
 	store *store
 	log   *slog.Logger
-	chip  *chip // of the Device's owner goroutine; touched inside a job only
+	chip  *chip // touched inside a job of dev only
+	notes *notes
 
 	badPSS atomic.Bool // this chip's PSS salts do not have the length that we verify
 
-	mu   sync.Mutex
-	keys map[signer.ID]*key          // what Generate and Open have handed out
-	busy map[signer.ID]chan struct{} // ids under which something is being made, opened or destroyed
+	mu     sync.Mutex
+	keys   map[signer.ID]*key          // what Generate and Open have handed out
+	locked map[*key]struct{}           // those whose authorisation the TPM refused
+	busy   map[signer.ID]chan struct{} // ids under which something is being made, opened or destroyed
 }
 
 // Open returns the backend. It checks the folder and does not touch the TPM, so that a TPM that is missing cannot
@@ -53,16 +55,17 @@ func Open(conf Config) (*Backend, error) {
 	if err != nil {
 		return nil, err
 	}
+	n := newNotes(conf.Log)
 	dev, err := tpmdev.Open(tpmdev.Config{
 		Device: conf.Device, CommandTimeout: conf.CommandTimeout, KeyTimeout: conf.KeyTimeout,
-		Queue: conf.Queue, Log: conf.Log,
+		Queue: conf.Queue, Log: conf.Log, OnFailure: n.device,
 	})
 	if err != nil {
 		return nil, err
 	}
 	b := &Backend{
-		dev: dev, store: st, log: conf.Log, chip: &chip{},
-		keys: map[signer.ID]*key{}, busy: map[signer.ID]chan struct{}{},
+		dev: dev, store: st, log: conf.Log, chip: &chip{notes: n}, notes: n,
+		keys: map[signer.ID]*key{}, locked: map[*key]struct{}{}, busy: map[signer.ID]chan struct{}{},
 	}
 	dev.OnRelease(b.chip.release)
 	return b, nil
@@ -74,14 +77,29 @@ func (b *Backend) Device() *tpmdev.Device { return b.dev }
 // Close finishes what is in flight, flushes what is loaded and lets the TPM go.
 func (b *Backend) Close() error { return b.dev.Close() }
 
-// do runs f on the TPM. A connection that turns out to have broken since it was last used is made anew, once.
+// do runs f on the TPM. A connection that turns out to have broken since it was last used, or on which the TPM and we
+// do not understand each other any more, is made anew, once. f may still run when do returns an error.
 func (b *Backend) do(ctx context.Context, f func(*chip) error) error {
 	run := func(c *tpmdev.Conn) error { return b.chip.run(c, f) }
 	err := b.dev.Do(ctx, run)
-	if errors.Is(err, tpmdev.ErrLost) && !errors.Is(err, tpmdev.ErrAbsent) {
+	if errors.Is(err, errProof) || errors.Is(err, tpmdev.ErrLost) && !errors.Is(err, tpmdev.ErrAbsent) {
 		err = b.dev.Do(ctx, run)
 	}
 	return report(err)
+}
+
+// ask is do for a job with a result.
+func ask[R any](ctx context.Context, b *Backend, f func(*chip) (R, error)) (R, error) {
+	var out, none R
+	err := b.do(ctx, func(ch *chip) error {
+		r, err := f(ch)
+		out = r
+		return err
+	})
+	if err != nil {
+		return none, err
+	}
+	return out, nil
 }
 
 // Generate makes a key on the TPM. Its first signature is made and verified before the key is kept: a chip may
@@ -97,6 +115,9 @@ func (b *Backend) Generate(ctx context.Context, id signer.ID, alg ident.Algorith
 	})
 }
 
+// probe is what a key signs to show that it can.
+var probe = []byte("trustd: the first signature of a key\x00")
+
 // A maker brings a new key into being on the TPM.
 type maker func(*chip) (*object, error)
 
@@ -107,7 +128,6 @@ func (b *Backend) enrol(ctx context.Context, id signer.ID, alg ident.Algorithm, 
 	} else if used {
 		return nil, fault.New(fault.AlreadyExists, "the TPM backend has a key of this id")
 	}
-	probe := []byte("trustd: the first signature of a key\x00")
 	var made *object
 	var grade signer.Grade
 	var sig []byte
@@ -180,17 +200,16 @@ func (b *Backend) Open(ctx context.Context, id signer.ID, pub ident.PublicKey) (
 	}
 	defer done()
 	k, err := b.opened(id)
+	if err == nil && !k.pub.Equal(pub) {
+		err = keyGone(nil, "another key stands under this id")
+	}
 	if err != nil {
 		if perr := b.present(ctx); perr != nil { // an absent TPM comes first: the key's files may be as absent as it is
 			return nil, perr
 		}
-		return nil, gone(err)
-	}
-	if !k.pub.Equal(pub) {
-		if err := b.present(ctx); err != nil {
-			return nil, err
-		}
-		return nil, fault.New(fault.KeyGone, "another key stands under this id")
+		err = gone(err)
+		b.notes.command(err)
+		return nil, err
 	}
 	var grade signer.Grade
 	err = b.do(ctx, func(ch *chip) error {
@@ -225,7 +244,7 @@ func (b *Backend) opened(id signer.ID) (*key, error) {
 func gone(err error) error {
 	switch fault.CodeOf(err) {
 	case fault.KeyNotFound, fault.Corrupt, fault.Malformed, fault.AlgorithmUnsupported:
-		return fault.Wrap(fault.KeyGone, err, "%s", fault.From(err).Text)
+		return keyGone(err, fault.From(err).Text)
 	}
 	return err
 }
@@ -313,6 +332,9 @@ func (b *Backend) Destroy(ctx context.Context, id signer.ID) error {
 		return nil
 	}
 	k.destroyed.Store(true)
+	b.mu.Lock()
+	delete(b.locked, k)
+	b.mu.Unlock()
 	b.discard(ctx, k.object)
 	return nil
 }
