@@ -64,8 +64,17 @@ type Admin interface {
 	ImportAgent(ctx context.Context, r ImportAgentRequest) (AgentDetail, error)
 	// ExportPrivate returns a soft key under a passphrase; a hardware key answers not_exportable.
 	ExportPrivate(ctx context.Context, name string, r ExportPrivateRequest) (ExportPrivateReply, error)
+	// SetAgent changes how this host treats one of its agents; it is no record.
+	SetAgent(ctx context.Context, name string, r SetAgentRequest) (AgentDetail, error)
 	ListKeys(ctx context.Context) ([]Key, error)
+	// RecheckKey has an agent's key sign a test. An orphaned key that does is used again.
+	RecheckKey(ctx context.Context, name string) (AgentDetail, error)
 	Backends(ctx context.Context) ([]Backend, error)
+	ShowBackend(ctx context.Context, name string) (Backend, error)
+	// UnlockBackend has a backend try the authorisation that its device refused, exactly once.
+	UnlockBackend(ctx context.Context, name string) (Backend, error)
+	// ResetCanary takes a device as it is: where it does not hold the backend's canary key any more, another is made.
+	ResetCanary(ctx context.Context, name string) (Backend, error)
 }
 
 // SignPacketRequest asks for a signature on a task packet.
@@ -75,6 +84,9 @@ type SignPacketRequest struct {
 	// Packet is a SignedTaskPacket without signature. from_agent, public_key, signature_algo, nonce, packet_id, issued_at and expires_at
 	// are filled in where they are absent; where they are present they must be right.
 	Packet json.RawMessage `json:"packet"`
+	// Batchable permits a signature that covers a batch of messages (trustd-batch/v1), which is quicker where the device
+	// is busy; the Python peers cannot read those. Absent: as the agent's own setting says.
+	Batchable *bool `json:"batchable,omitempty"`
 }
 
 // SignPacketReply is a signed packet and what made it.
@@ -89,9 +101,10 @@ type Signed struct {
 	Fingerprint string `json:"fingerprint"`
 	Algorithm   string `json:"algorithm"` // ed25519, ecdsa-p256, ...
 	Grade       string `json:"grade"`     // hardware-attested, hardware-claimed or software
-	Mode        string `json:"mode"`      // direct
+	Mode        string `json:"mode"`      // direct or batched
 	Epoch       uint64 `json:"epoch"`
 	Sequence    uint64 `json:"sequence"` // of this key; gaps are possible, repeats are not
+	BatchSize   int    `json:"batch_size,omitempty"`
 }
 
 // SignPacketResult is one result of a batch: a reply or a problem.
@@ -106,6 +119,15 @@ type VerifyPacketRequest struct {
 	// Audience is the id or alias of the local agent that received the packet; "" for any that the caller may verify for.
 	Audience string `json:"audience,omitempty"`
 	Detail   bool   `json:"detail,omitempty"`
+	Demands
+}
+
+// Demands are what one request asks of a signature on top of the host's policy.
+type Demands struct {
+	// MinGrade is the lowest grade of the signer's key: hardware-attested, hardware-claimed or software.
+	MinGrade string `json:"min_grade,omitempty"`
+	// DirectOnly refuses batched signatures.
+	DirectOnly bool `json:"direct_only,omitempty"`
 }
 
 // The two decisions.
@@ -142,7 +164,7 @@ type Details struct {
 	Grade      string     `json:"grade,omitempty"`
 	ViewHead   string     `json:"view_head"` // of the registry at the time of the decision
 	ViewSize   uint64     `json:"view_size"`
-	Mode       string     `json:"mode"`
+	Mode       string     `json:"mode"` // direct or batched
 }
 
 // VerifyPacketResult is one result of a batch.
@@ -159,6 +181,8 @@ type SignMessageRequest struct {
 	TTL      int64           `json:"ttl_seconds,omitempty"`
 	Prev     string          `json:"prev,omitempty"` // "sha256:..." digest of the message this one answers
 	Nonce    string          `json:"nonce,omitempty"`
+	// Batchable is as in SignPacketRequest.
+	Batchable *bool `json:"batchable,omitempty"`
 }
 
 // SignMessageReply is a SignedMessage.
@@ -184,6 +208,7 @@ type VerifyMessageRequest struct {
 	Detail   bool            `json:"detail,omitempty"`
 	// Once spends the message's nonce, so that the same message is refused a second time.
 	Once bool `json:"once,omitempty"`
+	Demands
 }
 
 // MessageVerdict is the answer to VerifyMessage. SignerChecked is false in mode embedded: the signature is valid,
@@ -314,6 +339,13 @@ type Selector struct {
 	ExeSHA256   string  `json:"exe_sha256,omitempty" toml:"exe_sha256,omitempty"`
 }
 
+// The settings of an agent's batching: what becomes of requests to sign that do not say whether they may be batched.
+const (
+	BatchingOnRequest = "on-request" // the default: they are signed directly
+	BatchingAlways    = "always"     // they may be batched
+	BatchingNever     = "never"      // they, and those that may be, are signed directly
+)
+
 // The verbs of a Binding.
 const (
 	VerbSign    = "sign"
@@ -347,9 +379,15 @@ type AgentDetail struct {
 	Local    bool      `json:"local"` // this host holds the private key
 	Backend  string    `json:"backend,omitempty"`
 	KeyURI   string    `json:"key_uri,omitempty"`
-	KeyState string    `json:"key_state,omitempty"` // ready, degraded, stopped, orphaned
+	KeyState string    `json:"key_state,omitempty"` // that of the backend, or orphaned
+	Batching string    `json:"batching,omitempty"`  // on-request, always, never
 	Bindings []Binding `json:"bindings,omitempty"`
 	Warnings []string  `json:"warnings,omitempty"`
+}
+
+// SetAgentRequest changes what is given and leaves the rest.
+type SetAgentRequest struct {
+	Batching string `json:"batching,omitempty"` // on-request, always, never
 }
 
 // RemoveAgentRequest decommissions an agent.
@@ -404,24 +442,54 @@ type Key struct {
 	Sensitive   bool   `json:"sensitive"`
 	NeverLeft   bool   `json:"never_left"` // always sensitive, never extractable
 	Extractable bool   `json:"extractable"`
-	UsedBy      string `json:"used_by,omitempty"` // agent id, "node"
+	UsedBy      string `json:"used_by,omitempty"` // agent id, or UsedByCanary
 	State       string `json:"state"`             // ready, orphaned, unused, unreadable
 	Problem     string `json:"problem,omitempty"`
 }
 
+// UsedByCanary stands in Key.UsedBy for the canary key of a backend. It is no agent id.
+const UsedByCanary = "(canary)"
+
 // Backend is a key backend and its device.
 type Backend struct {
 	Name       string            `json:"name"`
-	Kind       string            `json:"kind"` // pkcs11, tpm, soft
+	Kind       string            `json:"kind"`
 	Device     string            `json:"device"`
 	Default    bool              `json:"default"`
-	State      string            `json:"state"` // ready, degraded, stopped
+	State      string            `json:"state"`           // ready, degraded, recovering, locked, crash-loop, stopped
+	Since      *time.Time        `json:"since,omitempty"` // State
 	Grade      string            `json:"grade"`
 	Algorithms []string          `json:"algorithms"`
 	Mechanisms []string          `json:"mechanisms,omitempty"`
 	Limits     map[string]string `json:"limits,omitempty"`
 	Problem    string            `json:"problem,omitempty"`
 	Remedy     string            `json:"remedy,omitempty"`
+
+	// The rest is for operators, and counts since the daemon started.
+
+	LastSignature *time.Time       `json:"last_signature,omitempty"`
+	Waiting       int64            `json:"waiting,omitempty"`  // requests in the device's queue
+	Failures      map[string]int64 `json:"failures,omitempty"` // of the device, by class
+	Restarts      int64            `json:"restarts,omitempty"` // of the backend's process
+	Signatures    *SignatureCounts `json:"signatures,omitempty"`
+	Canary        *Canary          `json:"canary,omitempty"`
+}
+
+// SignatureCounts counts what a device has signed.
+type SignatureCounts struct {
+	Direct  int64 `json:"direct"`  // signatures of one message each, those of the canary included
+	Batches int64 `json:"batches"` // signatures of batches
+	Batched int64 `json:"batched"` // messages that those cover
+}
+
+// Canary is a backend's own key, which signs where nobody else has asked for a signature for a while.
+type Canary struct {
+	KeyID       string `json:"key_id,omitempty"` // in hexadecimal digits; absent until it is made
+	Fingerprint string `json:"fingerprint,omitempty"`
+	Gone        bool   `json:"gone"` // the device was emptied or replaced: an operator must act
+	Signed      int64  `json:"signed"`
+	Failed      int64  `json:"failed"`
+	Took        int64  `json:"took_us,omitempty"` // by the last one, the wait for its turn included
 }
 
 // Problem is an RFC 9457 problem document.

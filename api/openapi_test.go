@@ -59,6 +59,7 @@ var messages = []struct {
 	{api.History{}, false}, {api.Health{}, false}, {api.HealthCheck{}, false}, {api.RegistryHead{}, false},
 	{api.Liveness{}, false}, {api.Readiness{}, false}, {api.Selector{}, true}, {api.Binding{}, true},
 	{api.AddAgentRequest{}, true}, {api.AgentDetail{}, false}, {api.RemoveAgentRequest{}, true},
+	{api.SetAgentRequest{}, true}, {api.SignatureCounts{}, false}, {api.Canary{}, false},
 	{api.RevokeAgentRequest{}, true}, {api.ImportAgentRequest{}, true}, {api.ExportPrivateRequest{}, true},
 	{api.ExportPrivateReply{}, false}, {api.Key{}, false}, {api.Backend{}, false}, {api.AgentList{}, false},
 	{api.KeyList{}, false}, {api.BackendList{}, false}, {api.Problem{}, false},

@@ -37,6 +37,7 @@ const (
 	WrongPassphrase      Code = "wrong_passphrase"
 	KeyReused            Code = "key_reused"
 	InsecureSecret       Code = "insecure_secret"
+	KeyOrphaned          Code = "key_orphaned"
 
 	// Records and state.
 
@@ -68,6 +69,7 @@ const (
 	ReplayStoreFull      Code = "replay_store_full"
 	ReplayStoreFailed    Code = "replay_store_failed"
 	BrokenChain          Code = "broken_chain"
+	AssuranceTooLow      Code = "assurance_too_low"
 )
 
 type family uint8
@@ -109,7 +111,7 @@ var table = map[Code]entry{
 	DeviceBusy:           {device, 503, true, "The device has no room at the moment.", "Retry."},
 	DeviceLost:           {device, 503, true, "The token or TPM has gone.", "Plug it in or restart it; no restart of the daemon is needed."},
 	DeviceDead:           {device, 503, true, "The module or its host process died.", "It is restarted by itself; retry."},
-	AuthorisationRefused: {device, 503, false, "The device refused the PIN or the authorisation; it is not tried again.", "Correct the PIN source, then restart the daemon."},
+	AuthorisationRefused: {device, 503, false, "The device refused the PIN or the authorisation; it is not tried again.", "Correct the PIN source, then run trustd backend unlock NAME."},
 	KeyGone:              {device, 503, false, "The device no longer holds this key, or holds another in its place.", "Restore the token; the mapping is kept."},
 	KeyNotFound:          {device, 404, false, "No backend holds that key.", "List keys: trustd key list."},
 	AlgorithmUnsupported: {device, 422, false, "The backend cannot make or use keys of that algorithm.", "See what it can do: trustd key probe."},
@@ -118,6 +120,7 @@ var table = map[Code]entry{
 	FingerprintMismatch:  {device, 422, false, "The fingerprint is not that of the public key beside it.", "Do not trust this export."},
 	WrongPassphrase:      {device, 422, false, "The passphrase is wrong or the file is damaged.", ""},
 	KeyReused:            {device, 409, false, "This public key already has a role.", "Use a key of its own for each role."},
+	KeyOrphaned:          {device, 503, false, "The device lost this key; it is not used until an operator has looked.", "Restore the token or TPM, then run trustd key recheck AGENT."},
 	InsecureSecret:       {device, 422, false, "The file that holds a secret can be read by others.", "chmod 0600 the file and own it."},
 
 	NotAuthorised:  {state, 403, false, "The record is not signed by those who may make such a change.", "Have an operator sign it."},
@@ -145,6 +148,7 @@ var table = map[Code]entry{
 	ReplayDetected:       {refusal, 403, false, "This nonce was spent before.", "Sign a new packet."},
 	ReplayStoreFull:      {refusal, 503, true, "The store of spent nonces is full.", "Wait for entries to expire, or raise verify.max_nonces."},
 	ReplayStoreFailed:    {refusal, 503, true, "The store of spent nonces could not be written.", "Check the disk."},
+	AssuranceTooLow:      {refusal, 403, false, "The key or the way it signed does not give the assurance that is asked for.", "The sender must sign with a key of the grade, and in the mode, that this verifier demands."},
 	BrokenChain:          {refusal, 403, false, "The messages do not form a chain.", "Send them in order, each naming the one before."},
 }
 

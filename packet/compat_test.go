@@ -18,6 +18,7 @@ import (
 
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/packet"
+	"github.com/trustd/trustd/signature"
 )
 
 const compatDocument = "../docs/compat-trusthandoff.md"
@@ -141,7 +142,7 @@ func TestOtherAlgorithms(t *testing.T) {
 			t.Fatal(err)
 		}
 		sig := make([]byte, pub.Algorithm().SignatureSize())
-		p, err := packet.Parse(u.Seal(sig))
+		p, err := packet.Parse(u.Seal(signature.NewDirect(sig)))
 		if err != nil {
 			t.Fatalf("%s: %v", pub.Algorithm(), err)
 		}

@@ -169,7 +169,7 @@ func (i *interop) toPython(t *testing.T, n int, draft string) {
 		t.Error(err)
 		return
 	}
-	text := string(u.Seal(ed25519.Sign(i.private, u.SigningBytes())))
+	text := string(u.Seal(signature.NewDirect(ed25519.Sign(i.private, u.SigningBytes()))))
 	verify := map[string]any{"op": "verify", "packet": text, "agent": i.agent, "pem": i.pub.PEM()}
 	a := i.peer.ask(verify)
 	if a.Payload != string(u.SigningBytes()) {
@@ -258,7 +258,7 @@ func TestInteropOtherAlgorithms(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		text := string(u.Seal(make([]byte, pub.Algorithm().SignatureSize())))
+		text := string(u.Seal(signature.NewDirect(make([]byte, pub.Algorithm().SignatureSize()))))
 		a := p.ask(map[string]any{"op": "verify", "packet": text, "agent": f.FromAgent, "pem": pub.PEM()})
 		if a.Verified || a.VerifiedJSON || a.Refusal != "TypeError" {
 			t.Errorf("%s: %+v", pub.Algorithm(), a)

@@ -84,19 +84,24 @@ func NewMessage(h MessageHeader, payload json.RawMessage) (*UnsignedMessage, err
 // SigningBytes returns what the key signs.
 func (u *UnsignedMessage) SigningBytes() []byte { return bytes.Clone(u.signed) }
 
+// Subject returns what the key signs as part of a batch may hold it. Its message must not be changed.
+func (u *UnsignedMessage) Subject() signature.Subject {
+	return signature.Subject{Kind: signature.KindMessage, Agent: u.header.SignerID, Message: u.signed}
+}
+
 // Digest returns the digest that the message will have.
 func (u *UnsignedMessage) Digest() string { return digest(u.signed) }
 
 // Seal joins the message with a signature that pub has made. It checks that pub is the key of the header and that
 // the signature has the right length; the signer has verified the signature itself.
-func (u *UnsignedMessage) Seal(sig []byte, pub ident.PublicKey) (*Message, error) {
+func (u *UnsignedMessage) Seal(sig signature.Signature, pub ident.PublicKey) (*Message, error) {
 	if pub.ID() != u.header.Fingerprint || pub.Algorithm() != u.header.Algorithm {
 		return nil, fault.New(fault.Internal, "the key is not the one that the message names")
 	}
-	if len(sig) != pub.Algorithm().SignatureSize() {
+	if len(sig.Raw()) != pub.Algorithm().SignatureSize() {
 		return nil, fault.New(fault.Internal, "the signature has the wrong length for its key")
 	}
-	return &Message{header: u.header, payload: u.payload, signed: u.signed, sig: bytes.Clone(sig), pub: pub}, nil
+	return &Message{header: u.header, payload: u.payload, signed: u.signed, sig: sig, pub: pub}, nil
 }
 
 // A Message is a well-formed SignedMessage. Nothing about it is verified: not the signature, not the signer.
@@ -104,7 +109,7 @@ type Message struct {
 	header  MessageHeader
 	payload []byte // canonical
 	signed  []byte
-	sig     []byte
+	sig     signature.Signature
 	pub     ident.PublicKey
 }
 
@@ -120,8 +125,8 @@ func (m *Message) PayloadHash() string { return digest(m.payload) }
 // PublicKey returns the key inside the message: a claim, never an anchor. Its fingerprint is the header's.
 func (m *Message) PublicKey() ident.PublicKey { return m.pub }
 
-// Signature returns a copy of the raw signature.
-func (m *Message) Signature() []byte { return bytes.Clone(m.sig) }
+// Signature returns the signature, which is direct or batched.
+func (m *Message) Signature() signature.Signature { return m.sig }
 
 // SigningBytes returns a copy of what was signed.
 func (m *Message) SigningBytes() []byte { return bytes.Clone(m.signed) }
@@ -131,9 +136,14 @@ func (m *Message) SigningBytes() []byte { return bytes.Clone(m.signed) }
 func (m *Message) Digest() string { return digest(m.signed) }
 
 // VerifySignature checks the signature with a key. The key comes from the registry or the caller; with PublicKey
-// it proves that the message agrees with itself, and nothing more.
-func (m *Message) VerifySignature(pub ident.PublicKey) error {
-	return signature.Verify(pub, m.signed, m.sig)
+// it proves that the message agrees with itself, and nothing more. roots may be nil.
+func (m *Message) VerifySignature(pub ident.PublicKey, roots *signature.Roots) error {
+	return m.sig.Verify(pub, m.Subject(), roots)
+}
+
+// Subject returns what the signature speaks of.
+func (m *Message) Subject() signature.Subject {
+	return signature.Subject{Kind: signature.KindMessage, Agent: m.header.SignerID, Message: m.signed}
 }
 
 // Holds reports whether one top-level member of the payload is, as JSON, exactly the message other.

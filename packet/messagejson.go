@@ -57,7 +57,7 @@ func (m *Message) JSON() ([]byte, error) {
 		Algorithm: h.Algorithm.String(), Timestamp: h.Timestamp.Format(MessageTime), ExpiresAt: timeText(h.ExpiresAt),
 		Seq: h.Seq, Nonce: h.Nonce, Audience: append([]string{}, h.Audience...), ContentType: h.ContentType,
 		Payload: m.payload, Grade: h.Grade, KeyEpoch: h.KeyEpoch, ViewHead: h.ViewHead, ViewSize: h.ViewSize,
-		Prev: h.Prev, Signature: signature.EncodeText(m.sig), PublicKey: m.pub.Base64(),
+		Prev: h.Prev, Signature: m.sig.Text(), PublicKey: m.pub.Base64(),
 	}
 	raw, err := json.Marshal(w)
 	if err != nil {
@@ -121,7 +121,7 @@ func ParseMessage(b []byte) (*Message, error) {
 	if pub.Algorithm() != h.Algorithm {
 		return nil, fault.BadField("algorithm", "not the algorithm of public_key")
 	}
-	sig, err := signature.ParseText(h.Algorithm, sigText)
+	sig, err := signature.Parse(h.Algorithm, sigText)
 	if err != nil {
 		return nil, err
 	}

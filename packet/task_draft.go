@@ -147,16 +147,16 @@ func (d *Draft) Complete(f Fill) (*Unsigned, error) {
 		return nil, fault.New(fault.Internal, "the completed packet is not in canonical form")
 	}
 	u := &Unsigned{Task: t, alg: f.PublicKey.Algorithm()}
-	if len(u.Seal(make([]byte, u.alg.SignatureSize()))) > MaxTask {
+	if len(u.Seal(signature.NewDirect(make([]byte, u.alg.SignatureSize())))) > MaxTask {
 		return nil, fault.New(fault.TooLarge, "the signed packet would exceed %d bytes", MaxTask)
 	}
 	return u, nil
 }
 
 // Seal returns the complete packet with its signature, in canonical form.
-func (u *Unsigned) Seal(sig []byte) []byte {
+func (u *Unsigned) Seal(sig signature.Signature) []byte {
 	const head, tail = `,"signature":"`, `"`
-	text, at := signature.EncodeText(sig), u.at[fieldSignature].lo
+	text, at := sig.Text(), u.at[fieldSignature].lo
 	out := make([]byte, 0, len(u.signing)+len(head)+len(text)+len(tail))
 	out = append(append(append(append(out, u.signing[:at]...), head...), text...), tail...)
 	return append(out, u.signing[at:]...)

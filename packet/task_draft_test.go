@@ -67,7 +67,7 @@ func TestCompleteFills(t *testing.T) {
 		t.Errorf("to be signed:\n%s\nwant\n%s", u.SigningBytes(), want)
 	}
 	sig := bytes.Repeat([]byte{0xa5}, 64)
-	sealed := u.Seal(sig)
+	sealed := u.Seal(signature.NewDirect(sig))
 	if at := strings.Replace(string(sealed), `"signature":"`+signature.EncodeText(sig)+`",`, "", 1); at != want {
 		t.Errorf("sealed:\n%s", sealed)
 	}
@@ -203,7 +203,7 @@ func TestCompleteRefuses(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := packet.Parse(u.Seal(make([]byte, 64))); err != nil {
+			if _, err := packet.Parse(u.Seal(signature.NewDirect(make([]byte, 64)))); err != nil {
 				t.Error(err)
 			}
 		})
@@ -241,14 +241,14 @@ func TestCompleteBoundsTheResult(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	room := packet.MaxTask - len(base.Seal(make([]byte, 64)))
+	room := packet.MaxTask - len(base.Seal(signature.NewDirect(make([]byte, 64))))
 	for extra, code := range map[int]fault.Code{0: "", 1: fault.TooLarge} {
 		draft := strings.Replace(minimalDraft, "Example Corp", "Example Corp"+strings.Repeat("x", room+extra), 1)
 		u, err := complete(draft, testFill(t))
 		if fault.CodeOf(err) != code {
 			t.Errorf("%d bytes over the limit: %v", extra, err)
 		}
-		if err == nil && len(u.Seal(make([]byte, 64))) != packet.MaxTask {
+		if err == nil && len(u.Seal(signature.NewDirect(make([]byte, 64)))) != packet.MaxTask {
 			t.Error("the limit is not met exactly")
 		}
 	}
@@ -273,7 +273,7 @@ func TestRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", draft, err)
 		}
-		sealed := u.Seal(rapid.SliceOfN(rapid.Byte(), 64, 64).Draw(t, "signature"))
+		sealed := u.Seal(signature.NewDirect(rapid.SliceOfN(rapid.Byte(), 64, 64).Draw(t, "signature")))
 		p, err := packet.Parse(sealed)
 		if err != nil {
 			t.Fatalf("%s: %v", sealed, err)

@@ -6,6 +6,7 @@ import (
 
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/packet"
+	"github.com/trustd/trustd/signature"
 )
 
 func FuzzParse(f *testing.F) {
@@ -82,7 +83,7 @@ func FuzzDraft(f *testing.F) {
 			}
 			return
 		}
-		p, err := packet.Parse(u.Seal(make([]byte, 64)))
+		p, err := packet.Parse(u.Seal(signature.NewDirect(make([]byte, 64))))
 		if err != nil {
 			t.Fatalf("what was to be signed does not parse: %v", err)
 		}

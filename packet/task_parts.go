@@ -1,12 +1,14 @@
 package packet
 
 import (
+	"encoding/base64"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/internal/pyjson"
+	"github.com/trustd/trustd/signature"
 )
 
 // object reads an object with fixed members: member reads the value of one that it knows and returns its bit, 0
@@ -224,7 +226,11 @@ func (p *parser) signature(t *Task) error {
 	if err != nil {
 		return err
 	}
-	if !canonicalBase64(v) {
+	if rest, batched := strings.CutPrefix(v, signature.BatchPrefix); batched {
+		if len(v) > signature.MaxText || !canonicalBase64URL(rest) {
+			return fault.BadField("", "not canonical base64url after %s", signature.BatchPrefix)
+		}
+	} else if !canonicalBase64(v) {
 		return fault.BadField("", "not canonical padded base64")
 	}
 	t.SignatureText = v
@@ -260,6 +266,15 @@ func canonicalBase64(s string) bool {
 		}
 	}
 	return sextet[body[len(body)-1]]&spare == 0
+}
+
+// canonicalBase64URL reports whether s is the one text of some bytes in base64url without padding.
+func canonicalBase64URL(s string) bool {
+	if strings.ContainsAny(s, "\r\n") { // the decoder would skip these
+		return false
+	}
+	_, err := base64.RawURLEncoding.Strict().DecodeString(s)
+	return err == nil && s != ""
 }
 
 // time reads a moment: RFC 3339 with "T", seconds, at most six digits of a fraction, and "Z" or an offset of hours

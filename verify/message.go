@@ -7,6 +7,8 @@ import (
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/packet"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signature"
+	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/view"
 )
 
@@ -28,6 +30,7 @@ type MessageInput struct {
 	Answers func(name string) bool
 	View    *view.View // may be nil in the modes key and embedded
 	Policy  Policy
+	Roots   *signature.Roots // batches whose signature is known to be good; may be nil
 	Now     time.Time
 }
 
@@ -91,6 +94,7 @@ var messageChecks = []messageCheck{
 	{reason: fault.MalformedTimeWindow, check: (*messageGate).checkWindow},
 	{reason: fault.IssuedInFuture, check: (*messageGate).checkFuture},
 	{reason: fault.Expired, check: (*messageGate).checkExpired, final: true},
+	{reason: fault.AssuranceTooLow, check: (*messageGate).checkAssurance},
 }
 
 // MessageReasons returns every reason for which a SignedMessage may be refused, in the order in which it is checked.
@@ -249,7 +253,7 @@ func (g *messageGate) checkSignature() *fault.Error {
 func (g *messageGate) valid() bool {
 	if !g.sigKnown {
 		g.sigKnown = true
-		g.sigValid = !g.key.Public.IsZero() && g.in.Message.VerifySignature(g.key.Public) == nil
+		g.sigValid = !g.key.Public.IsZero() && g.in.Message.VerifySignature(g.key.Public, g.in.Roots) == nil
 	}
 	return g.sigValid
 }
@@ -310,4 +314,15 @@ func (g *messageGate) checkExpired() *fault.Error {
 		return refuse(fault.Expired, "expires_at")
 	}
 	return nil
+}
+
+// checkAssurance: key and mode of the signature give what the verifier demands. Of the two grades, the registry's and
+// the one that the signer put into the message, the lower counts; for a key that the registry does not know there is
+// only the signer's word, which is none.
+func (g *messageGate) checkAssurance() *fault.Error {
+	grade := g.key.Grade
+	if !signer.Grade(g.header.Grade).AtLeast(signer.Grade(grade)) {
+		grade = g.header.Grade
+	}
+	return g.in.Policy.assurance(grade, g.in.Message.Signature().Mode(), "grade")
 }

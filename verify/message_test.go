@@ -11,6 +11,8 @@ import (
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/packet"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signature"
+	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/verify"
 )
 
@@ -30,7 +32,7 @@ func message(t testing.TB, h packet.MessageHeader, k key, payload string) *packe
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := u.Seal(k.sign(u.SigningBytes()), k.pub)
+	m, err := u.Seal(signature.NewDirect(k.sign(u.SigningBytes())), k.pub)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,6 +51,7 @@ type messageVector struct {
 	reason  fault.Code
 	message *packet.Message
 	edit    func(*registry.Agent)
+	policy  func(*verify.Policy)
 }
 
 func messageVectors(t *testing.T, w *world) []messageVector {
@@ -86,6 +89,7 @@ func messageVectors(t *testing.T, w *world) []messageVector {
 		})},
 		{reason: fault.Expired,
 			message: from(func(h *packet.MessageHeader) { h.ExpiresAt = now.Add(-time.Microsecond) })},
+		{reason: fault.AssuranceTooLow, message: from(nil), policy: func(p *verify.Policy) { p.MinGrade = signer.HardwareClaimed }},
 	}
 }
 
@@ -102,6 +106,9 @@ func TestEachMessageRowHasItsVector(t *testing.T) {
 	for _, v := range messageVectors(t, w) {
 		covered = append(covered, v.reason)
 		in, reg := w.messageInput(v.message), edited{w.state, v.edit}
+		if v.policy != nil {
+			v.policy(&in.Policy)
+		}
 		verdict, err := verify.CheckMessageWithout(in, reg, "")
 		wantCode(t, "all rows on", err, v.reason)
 		if valid := v.reason != fault.InvalidSignature; verdict.SignatureValid != valid {

@@ -24,6 +24,7 @@ type Input struct {
 	MayReceive func(ident.AgentID) bool
 	View       *view.View
 	Policy     Policy
+	Roots      *signature.Roots // batches whose signature is known to be good; may be nil
 	Now        time.Time
 }
 
@@ -35,6 +36,7 @@ type Accepted struct {
 	nonce    string
 	until    time.Time
 	legacy   bool
+	mode     signature.Mode
 }
 
 // Agent returns the sender.
@@ -57,6 +59,9 @@ func (a Accepted) Until() time.Time { return a.until }
 
 // Legacy reports whether the packet has the form of TrustHandoff 0.3.3 or older.
 func (a Accepted) Legacy() bool { return a.legacy }
+
+// Mode returns how the packet was signed.
+func (a Accepted) Mode() signature.Mode { return a.mode }
 
 // Check runs the table over a packet that packet.Parse has taken for well-formed. The error's code is the reason.
 func Check(in Input) (Accepted, *fault.Error) {
@@ -103,6 +108,7 @@ var checks = []check{
 	{fault.TTLTooLong, (*gate).checkTTLCap},
 	{fault.Expired, (*gate).checkExpired},
 	{fault.InvalidAIProvenance, (*gate).checkProvenance},
+	{fault.AssuranceTooLow, (*gate).checkAssurance},
 }
 
 // Reasons returns every reason for which a packet may be refused, in the order in which it is checked: by the
@@ -133,7 +139,7 @@ func run(in Input, reg lookup, table []check) (Accepted, *fault.Error) {
 	return Accepted{
 		agent: g.agent, key: g.key, receiver: g.receiver, nonce: g.t.Nonce,
 		until:  g.t.ExpiresAt.Instant.Add(g.policy.grace() + g.policy.skew()),
-		legacy: g.form() == formLegacy,
+		legacy: g.form() == formLegacy, mode: g.sig.Mode(),
 	}, nil
 }
 
@@ -150,6 +156,7 @@ type gate struct {
 	claimed  bool              // public_key is the text of that key
 	receiver ident.AgentID
 	signed   form
+	sig      signature.Signature // what signed was found with
 }
 
 // A form says which bytes the signature covers.
@@ -263,18 +270,20 @@ func (g *gate) findForm() form {
 	if pub.IsZero() {
 		return formNone
 	}
-	sig, err := signature.ParseText(pub.Algorithm(), g.t.SignatureText)
+	sig, err := signature.Parse(pub.Algorithm(), g.t.SignatureText)
 	if err != nil {
 		return formNone
 	}
-	if signature.Verify(pub, g.t.SigningBytes(), sig) == nil {
+	g.sig = sig
+	subject := signature.Subject{Kind: signature.KindPacket, Agent: g.agent.ID, Message: g.t.SigningBytes()}
+	if sig.Verify(pub, subject, g.in.Roots) == nil {
 		return formCurrent
 	}
-	if pub.Algorithm() != ident.Ed25519 { // the old versions had no other
+	if pub.Algorithm() != ident.Ed25519 || sig.Mode() != signature.Direct { // the old versions had no other
 		return formNone
 	}
 	for _, msg := range g.t.LegacySigningBytes() {
-		if signature.Verify(pub, msg, sig) == nil {
+		if signature.Verify(pub, msg, sig.Raw()) == nil {
 			return formLegacy
 		}
 	}
@@ -367,6 +376,12 @@ func (g *gate) checkExpired() *fault.Error {
 
 // checkProvenance: a packet that says that a model wrote it says which source it comes from.
 func (g *gate) checkProvenance() *fault.Error { return fault.From(g.t.CheckAIProvenance()) }
+
+// checkAssurance: the registered key has the grade that the verifier demands, and signed in a mode that it takes.
+func (g *gate) checkAssurance() *fault.Error {
+	g.form()
+	return g.policy.assurance(g.key.Grade, g.sig.Mode(), "public_key")
+}
 
 func refuse(code fault.Code, field string) *fault.Error {
 	return &fault.Error{Code: code, Field: field}

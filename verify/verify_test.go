@@ -14,6 +14,7 @@ import (
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/packet"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/verify"
 	"github.com/trustd/trustd/view"
 )
@@ -65,6 +66,7 @@ func vectors(w *world) []vector {
 		}},
 		{reason: fault.Expired, fields: map[string]any{"expires_at": "2026-03-08T11:59:59.999999Z"}},
 		{reason: fault.InvalidAIProvenance, fields: map[string]any{"ai_provenance": map[string]any{"model": "m"}}},
+		{reason: fault.AssuranceTooLow, input: func(in *verify.Input) { in.Policy.MinGrade = signer.HardwareClaimed }},
 	}
 }
 

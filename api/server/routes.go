@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"net/http"
 	"strings"
 
@@ -73,8 +74,14 @@ var table = []route{
 		work: ask(revokeAgent)},
 	{method: "POST", path: "/v1/agents/{name}/export-private", admin: true, limit: api.MaxBody,
 		work: ask(exportPrivate)},
+	{method: "POST", path: "/v1/agents/{name}/set", admin: true, limit: api.MaxBody, mutates: true, work: ask(setAgent)},
+	{method: "POST", path: "/v1/agents/{name}/recheck", admin: true, mutates: true, work: on(api.Admin.RecheckKey)},
 	{method: "GET", path: "/v1/keys", admin: true, work: listKeys},
 	{method: "GET", path: "/v1/backends", admin: true, work: listBackends},
+	{method: "GET", path: "/v1/backends/{name}", admin: true, work: on(api.Admin.ShowBackend)},
+	{method: "POST", path: "/v1/backends/{name}/unlock", admin: true, mutates: true, work: on(api.Admin.UnlockBackend)},
+	{method: "POST", path: "/v1/backends/{name}/reset-canary", admin: true, mutates: true,
+		work: on(api.Admin.ResetCanary)},
 }
 
 // ask makes the work of a route whose body is a Q.
@@ -89,6 +96,18 @@ func ask[Q any](f func(x *exchange, q Q) (any, error)) work {
 			return nil, err
 		}
 		return f(x, q)
+	}
+}
+
+// on makes the work of a route that is about what its path names and takes no body.
+func on[R any](f func(a api.Admin, ctx context.Context, name string) (R, error)) work {
+	return func(x *exchange) (any, error) {
+		name, err := x.name()
+		if err != nil {
+			return nil, err
+		}
+		r, err := f(x.admin, x.ctx, name)
+		return &r, err
 	}
 }
 
@@ -278,6 +297,15 @@ func revokeAgent(x *exchange, q api.RevokeAgentRequest) (any, error) {
 		return nil, err
 	}
 	r, err := x.admin.RevokeAgent(x.ctx, name, q)
+	return &r, err
+}
+
+func setAgent(x *exchange, q api.SetAgentRequest) (any, error) {
+	name, err := x.name()
+	if err != nil {
+		return nil, err
+	}
+	r, err := x.admin.SetAgent(x.ctx, name, q)
 	return &r, err
 }
 

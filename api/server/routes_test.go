@@ -178,7 +178,12 @@ func happy(s *socket) map[string][2]string {
 		"POST /v1/agents/{name}/revoke":         {"/v1/agents/planner/revoke", `{"code":"superseded"}`},
 		"POST /v1/agents/{name}/export-private": {"/v1/agents/planner/export-private", `{"passphrase":"sesame"}`},
 		"GET /v1/keys":                          {"/v1/keys", ""},
+		"POST /v1/agents/{name}/set":            {"/v1/agents/planner/set", `{"batching":"always"}`},
+		"POST /v1/agents/{name}/recheck":        {"/v1/agents/planner/recheck", ""},
 		"GET /v1/backends":                      {"/v1/backends", ""},
+		"GET /v1/backends/{name}":               {"/v1/backends/memory", ""},
+		"POST /v1/backends/{name}/unlock":       {"/v1/backends/memory/unlock", ""},
+		"POST /v1/backends/{name}/reset-canary": {"/v1/backends/memory/reset-canary", ""},
 	}
 }
 

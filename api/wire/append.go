@@ -88,7 +88,11 @@ func appendSignPacketReply(b []byte, r *api.SignPacketReply) []byte {
 	b = AppendString(append(b, `,"grade":`...), r.Grade)
 	b = AppendString(append(b, `,"mode":`...), r.Mode)
 	b = strconv.AppendUint(append(b, `,"epoch":`...), r.Epoch, 10)
-	return strconv.AppendUint(append(b, `,"sequence":`...), r.Sequence, 10)
+	b = strconv.AppendUint(append(b, `,"sequence":`...), r.Sequence, 10)
+	if r.BatchSize == 0 {
+		return b
+	}
+	return strconv.AppendInt(append(b, `,"batch_size":`...), int64(r.BatchSize), 10)
 }
 
 func appendDecision(b []byte, d *api.Decision) ([]byte, error) {
@@ -215,6 +219,9 @@ func AppendSign(b []byte, r *api.SignPacketRequest) ([]byte, error) {
 	if r.Agent != "" {
 		b = append(AppendString(append(b, `"agent":`...), r.Agent), ',')
 	}
+	if r.Batchable != nil {
+		b = append(strconv.AppendBool(append(b, `"batchable":`...), *r.Batchable), ',')
+	}
 	return appendPacket(b, r.Packet)
 }
 
@@ -226,6 +233,12 @@ func AppendVerify(b []byte, r *api.VerifyPacketRequest) ([]byte, error) {
 	}
 	if r.Detail {
 		b = append(b, `"detail":true,`...)
+	}
+	if r.MinGrade != "" {
+		b = append(AppendString(append(b, `"min_grade":`...), r.MinGrade), ',')
+	}
+	if r.DirectOnly {
+		b = append(b, `"direct_only":true,`...)
 	}
 	return appendPacket(b, r.Packet)
 }

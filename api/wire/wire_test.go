@@ -22,7 +22,7 @@ func signReply() api.SignPacketReply {
 		Packet: json.RawMessage(`{"a":[1,2.50,"\u00e9é\u2028"]}`),
 		Signed: api.Signed{
 			AgentID: "a\"\\\n\x01é\u2028<>&😀", Fingerprint: "sha256:00", Algorithm: "ed25519", Grade: "software",
-			Mode: "direct", Epoch: 1, Sequence: math.MaxUint64,
+			Mode: "batched", Epoch: 1, Sequence: math.MaxUint64, BatchSize: 16384,
 		},
 	}
 }
@@ -160,7 +160,8 @@ func TestRawMembersCannotGrow(t *testing.T) {
 
 func TestAppendRequests(t *testing.T) {
 	packet := json.RawMessage(`{ "a" : 1.0 , "a":"é" }`)
-	sign := api.SignPacketRequest{Agent: "a\"b", Packet: packet}
+	yes := true
+	sign := api.SignPacketRequest{Agent: "a\"b", Packet: packet, Batchable: &yes}
 	text, err := wire.AppendSign(nil, &sign)
 	if err != nil {
 		t.Fatal(err)
@@ -168,7 +169,8 @@ func TestAppendRequests(t *testing.T) {
 	if got, err := wire.DecodeRequest[api.SignPacketRequest](text); err != nil || !reflect.DeepEqual(got, sign) {
 		t.Errorf("%v: %+v", err, got)
 	}
-	verify := api.VerifyPacketRequest{Audience: "x", Detail: true, Packet: packet}
+	verify := api.VerifyPacketRequest{Audience: "x", Detail: true, Packet: packet,
+		Demands: api.Demands{MinGrade: "hardware-claimed", DirectOnly: true}}
 	if text, err = wire.AppendVerify(nil, &verify); err != nil {
 		t.Fatal(err)
 	}

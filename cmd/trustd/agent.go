@@ -23,11 +23,11 @@ import (
 func (a *app) agentCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "agent",
-		Short: "Add, list, show, remove, revoke, export and import agents",
+		Short: "Add, list, show, set, remove, revoke, export and import agents",
 		Args:  args(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.agentAddCmd(), a.agentListCmd(), a.agentShowCmd(), a.agentRemoveCmd(), a.agentRevokeCmd(),
+	cmd.AddCommand(a.agentAddCmd(), a.agentListCmd(), a.agentShowCmd(), a.agentSetCmd(), a.agentRemoveCmd(), a.agentRevokeCmd(),
 		a.agentExportCmd(), a.agentImportCmd())
 	return cmd
 }
@@ -159,6 +159,25 @@ func (a *app) agentShowCmd() *cobra.Command {
 			return a.oneAgent(func(c *client.Admin) (api.AgentDetail, error) { return c.ShowAgent(cmd.Context(), given[0]) })
 		},
 	}
+}
+
+func (a *app) agentSetCmd() *cobra.Command {
+	var r api.SetAgentRequest
+	cmd := &cobra.Command{
+		Use:     "set NAME",
+		Short:   "Change how this host treats an agent",
+		Example: "  trustd agent set planner --batching always",
+		Args:    args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			if r == (api.SetAgentRequest{}) {
+				return fault.New(fault.Usage, "name what to change: --batching")
+			}
+			return a.oneAgent(func(c *client.Admin) (api.AgentDetail, error) { return c.SetAgent(cmd.Context(), given[0], r) })
+		},
+	}
+	cmd.Flags().StringVar(&r.Batching, "batching", "", "what becomes of requests that do not say whether they may be batched: on-request (signed\n"+
+		"directly), always (may be batched), never (also those that may be are signed directly)")
+	return cmd
 }
 
 func (a *app) agentRemoveCmd() *cobra.Command {
@@ -372,7 +391,7 @@ func (a *app) showAgent(d api.AgentDetail) error {
 		"role", d.Role, "status", d.Status, "trust level", d.TrustLevel, "algorithm", d.Algorithm, "aliases", strings.Join(d.Aliases, "  "),
 		"lineage", d.Lineage, "epoch", strconv.FormatUint(d.Epoch, 10), "grade", d.Grade, "origin", d.Origin,
 		"possession proved", strconv.FormatBool(d.Possession), "created", d.CreatedAt.Format(time.RFC3339), "expires", expires,
-		"key", where, "key_uri", d.KeyURI)
+		"key", where, "key_uri", d.KeyURI, "batching", d.Batching)
 	if err != nil {
 		return err
 	}

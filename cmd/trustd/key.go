@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/trustd/trustd/api"
+	"github.com/trustd/trustd/client"
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/internal/config"
 	"github.com/trustd/trustd/internal/daemon"
@@ -19,11 +20,11 @@ import (
 func (a *app) keyCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "key",
-		Short: "List keys, show one, probe a backend",
+		Short: "List keys, show one, have a lost one checked, probe a backend",
 		Args:  args(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(a.keyListCmd(), a.keyShowCmd(), a.keyProbeCmd())
+	cmd.AddCommand(a.keyListCmd(), a.keyShowCmd(), a.keyRecheckCmd(), a.keyProbeCmd())
 	return cmd
 }
 
@@ -79,6 +80,19 @@ func (a *app) keyShowCmd() *cobra.Command {
 			return a.pairs("key_uri", k.URI, "backend", k.Backend, "fingerprint", k.Fingerprint, "algorithm", k.Algorithm, "label", k.Label,
 				"state", k.State, "used by", k.UsedBy, "grade", k.Grade, "origin", k.Origin, "sensitive", strconv.FormatBool(k.Sensitive),
 				"never left the device", strconv.FormatBool(k.NeverLeft), "extractable", strconv.FormatBool(k.Extractable), "problem", k.Problem)
+		},
+	}
+}
+
+func (a *app) keyRecheckCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "recheck AGENT",
+		Short: "Have the key of an agent sign a test, so that an orphaned one is used again",
+		Long: `A key that its device lost is orphaned: its place is kept and it is not used. Once the device holds it again, recheck
+finds it by its recorded public key and has it sign a test. If it does, the agent signs again.`,
+		Args: args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			return a.oneAgent(func(c *client.Admin) (api.AgentDetail, error) { return c.RecheckKey(cmd.Context(), given[0]) })
 		},
 	}
 }

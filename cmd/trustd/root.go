@@ -104,8 +104,8 @@ If something does not work:  trustd doctor`,
 		return nil
 	}
 	root.AddCommand(
-		a.initCmd(), a.serveCmd(), a.agentCmd(), a.keyCmd(), a.signCmd(), a.verifyCmd(), a.whoamiCmd(), a.doctorCmd(),
-		a.configCmd(), a.versionCmd(),
+		a.initCmd(), a.serveCmd(), a.agentCmd(), a.keyCmd(), a.backendCmd(), a.signCmd(), a.verifyCmd(), a.whoamiCmd(), a.doctorCmd(),
+		a.configCmd(), a.pluginCmd(), a.versionCmd(),
 	)
 	return root
 }

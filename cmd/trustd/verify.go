@@ -17,7 +17,8 @@ func (a *app) verifyCmd() *cobra.Command {
 	var (
 		audience, mode, key   string
 		detail, message, once bool
-		chain                 bool
+		chain, lines          bool
+		demands               api.Demands
 	)
 	cmd := &cobra.Command{
 		Use:   "verify [FILE ...]",
@@ -35,6 +36,22 @@ itself: this says that the message is whole and nothing of who sent it, so it ne
 			if len(files) == 0 {
 				files = []string{"-"}
 			}
+			v := verifier{app: a, cmd: cmd}
+			if lines {
+				for _, f := range []string{"mode", "key", "once", "detail", "message", "chain"} {
+					if cmd.Flags().Changed(f) {
+						return fault.New(fault.Usage, "--%s does not go with --lines: the lines are packets", f)
+					}
+				}
+				if len(files) > 1 {
+					return fault.New(fault.Usage, "verify --lines takes one file")
+				}
+				data, err := a.input(files[0])
+				if err != nil {
+					return err
+				}
+				return v.lines(data, api.VerifyPacketRequest{Audience: audience, Demands: demands})
+			}
 			docs := make([]json.RawMessage, len(files))
 			for i, f := range files {
 				data, err := a.input(f)
@@ -43,10 +60,9 @@ itself: this says that the message is whole and nothing of who sent it, so it ne
 				}
 				docs[i] = bytes.TrimSpace(data)
 			}
-			v := verifier{app: a, cmd: cmd}
 			switch {
 			case chain:
-				for _, f := range []string{"mode", "key", "once", "audience", "detail", "message"} {
+				for _, f := range []string{"mode", "key", "once", "audience", "detail", "message", "min-grade", "direct-only"} {
 					if cmd.Flags().Changed(f) {
 						return fault.New(fault.Usage, "--%s does not go with --chain: a chain is checked by the registry", f)
 					}
@@ -56,10 +72,10 @@ itself: this says that the message is whole and nothing of who sent it, so it ne
 				return fault.New(fault.Usage, "verify takes one file, or several with --chain")
 			case message || mode != "" || key != "" || isMessage(docs[0]):
 				return v.message(api.VerifyMessageRequest{
-					Message: docs[0], Mode: mode, Key: key, Audience: audience, Detail: detail, Once: once,
+					Message: docs[0], Mode: mode, Key: key, Audience: audience, Detail: detail, Once: once, Demands: demands,
 				})
 			}
-			return v.packet(api.VerifyPacketRequest{Packet: docs[0], Audience: audience, Detail: detail})
+			return v.packet(api.VerifyPacketRequest{Packet: docs[0], Audience: audience, Detail: detail, Demands: demands})
 		},
 	}
 	f := cmd.Flags()
@@ -69,6 +85,9 @@ itself: this says that the message is whole and nothing of who sent it, so it ne
 	f.StringVar(&mode, "mode", "", "registry, key or embedded (SignedMessage only)")
 	f.StringVar(&key, "key", "", "with --mode key: fingerprint, base64 or PEM of the public key")
 	f.BoolVar(&once, "once", false, "spend the message's nonce, so that a second verification refuses it")
+	f.BoolVar(&lines, "lines", false, "each line of the input is a packet")
+	f.StringVar(&demands.MinGrade, "min-grade", "", "demand a signer's key of at least this grade: hardware-attested, hardware-claimed or software")
+	f.BoolVar(&demands.DirectOnly, "direct-only", false, "refuse batched signatures")
 	f.BoolVar(&chain, "chain", false, "the files are SignedMessages, oldest first, each answering the one before")
 	return cmd
 }

@@ -16,7 +16,7 @@ const DefaultPath = "/etc/trustd/trustd.toml"
 // Config is the content of the configuration file. A key that is left out has the value that Default gives it.
 type Config struct {
 	// Absolute path of the folder that holds what must outlive the daemon: registry, keyring, signature histories,
-	// spent nonces, soft and TPM keys. It is private to the daemon's user.
+	// spent nonces, soft and TPM keys, the records of canary keys. It is private to the daemon's user.
 	StateDir string `toml:"state_dir" json:"state_dir"`
 	// Absolute path of the folder of the sockets.
 	RunDir string `toml:"run_dir" json:"run_dir"`
@@ -39,6 +39,7 @@ type Config struct {
 	Limits   Limits    `toml:"limits" json:"limits"`
 	History  History   `toml:"history" json:"history"`
 	Node     Node      `toml:"node" json:"node"`
+	Keys     Keys      `toml:"keys" json:"keys"`
 	Backends []Backend `toml:"backend,omitempty" json:"backend,omitempty"`
 }
 
@@ -67,6 +68,11 @@ type Verify struct {
 	MessageAge Duration `toml:"message_age" json:"message_age"`
 	// Accept packets in the form of TrustHandoff 0.3.3 and older. They are never signed.
 	LegacyTH033 bool `toml:"legacy_th033" json:"legacy_th033"`
+	// The lowest grade of a signer's key that is accepted: hardware-attested, hardware-claimed or software. Empty is any,
+	// also that of a key of which nobody has said where it lives.
+	MinGrade string `toml:"min_grade" json:"min_grade"`
+	// Refuse signatures that cover a batch of messages (trustd-batch/v1).
+	DirectOnly bool `toml:"direct_only" json:"direct_only"`
 	// How many spent nonces are kept. At this number packets are refused until old ones expire; none is evicted.
 	MaxNonces int `toml:"max_nonces" json:"max_nonces"`
 }
@@ -96,18 +102,26 @@ type Node struct {
 	Backend string `toml:"backend" json:"backend"`
 }
 
+// Keys is this host's policy for the keys that it holds.
+type Keys struct {
+	// The lowest grade that they may have: hardware-attested, hardware-claimed or software. trustd init, agent add and
+	// agent import --private refuse lower ones, and one that is there all the same raises an alert. Empty is any.
+	MinGrade string `toml:"min_grade" json:"min_grade"`
+}
+
 // The kinds of backends.
 const (
 	PKCS11 = "pkcs11"
 	TPM    = "tpm"
 	Soft   = "soft"
+	Plugin = "plugin"
 )
 
 // Backend is one device that holds keys, written as [[backend]].
 type Backend struct {
 	// Name by which agents are put on this backend: lower-case letters, digits and '-'.
 	Name string `toml:"name" json:"name"`
-	// pkcs11, tpm or soft.
+	// pkcs11, tpm, soft or plugin.
 	Kind string `toml:"kind" json:"kind"`
 	// Use this backend where none is named. At most one says so; a soft backend never does.
 	Default bool `toml:"default,omitempty" json:"default,omitempty"`
@@ -120,15 +134,27 @@ type Backend struct {
 	Token string `toml:"token,omitempty" json:"token,omitempty"`
 	// pkcs11: serial number of the token, where labels are not unique.
 	Serial string `toml:"serial,omitempty" json:"serial,omitempty"`
-	// pkcs11: where the user PIN is.
+	// pkcs11: where the user PIN is. plugin: where the secret is that the plugin gets, if it needs one.
 	PIN secret.Source `toml:"pin,omitzero" json:"pin,omitzero"`
-	// pkcs11: absolute path of the plugin that loads the module. Empty is trustd-pkcs11 beside the trustd binary.
+	// plugin: absolute path of the plugin. pkcs11: the same of the one that loads the module; empty is trustd-pkcs11 beside
+	// the trustd binary, whose checksum is pinned when the daemon starts it first.
 	Plugin string `toml:"plugin,omitempty" json:"plugin,omitempty"`
-	// pkcs11: SHA-256 of the plugin, in 64 lower-case hexadecimal digits. A plugin with another sum is not started.
+	// pkcs11 and plugin: SHA-256 of the plugin, in 64 lower-case hexadecimal digits, as trustd plugin info prints it. A
+	// plugin with another sum is not started. Where plugin is given, this is too, unless dev is true.
 	PluginSHA256 string `toml:"plugin_sha256,omitempty" json:"plugin_sha256,omitempty"`
-	// pkcs11: environment variables for the plugin, such as SOFTHSM2_CONF; the daemon's own are not passed on. This is
-	// no place for a secret.
+	// pkcs11 and plugin: start whatever lies at the path of the plugin, without a checksum. For those who are writing a
+	// plugin, and for nobody else: whoever can change the file has the keys sign.
+	Dev bool `toml:"dev,omitempty" json:"dev,omitempty"`
+	// plugin: what the plugin wants to know, by names that its documentation has. This is no place for a secret.
+	Settings map[string]string `toml:"settings,omitempty" json:"settings,omitempty"`
+	// pkcs11 and plugin: environment variables for the plugin, such as SOFTHSM2_CONF; the daemon's own are not passed on.
+	// This is no place for a secret.
 	Env map[string]string `toml:"env,omitempty" json:"env,omitempty"`
+	// pkcs11 and plugin: how many MiB of memory the plugin may hold, from 64 on. One that has more is ended and started
+	// again. 0 is 1024.
+	MemoryLimit int `toml:"memory_limit,omitempty" json:"memory_limit,omitempty"`
+	// pkcs11 and plugin: how many files and connections the plugin may have open, from 32 on. 0 is 256.
+	OpenFiles int `toml:"open_files,omitempty" json:"open_files,omitempty"`
 
 	// tpm: device:/dev/tpmrm0 or swtpm:path=/run/swtpm.sock.
 	Device string `toml:"device,omitempty" json:"device,omitempty"`
@@ -149,7 +175,7 @@ func Default() *Config {
 			Skew: Lasting(30 * time.Second), TTLWrite: Lasting(120 * time.Second), TTLRead: Lasting(900 * time.Second),
 			TTLDefault: Lasting(900 * time.Second), MaxNonces: 1_000_000,
 		},
-		Limits:  Limits{Rate: 20_000, Burst: 40_000, Concurrent: 256},
+		Limits:  Limits{Rate: 100_000, Burst: 200_000, Concurrent: 256},
 		History: History{SyncInterval: Lasting(100 * time.Millisecond)},
 	}
 }

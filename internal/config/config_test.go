@@ -54,6 +54,9 @@ sync_interval = "1s"
 [node]
 backend = "chip"
 
+[keys]
+min_grade = "hardware-claimed"
+
 [[backend]]
 name = "hsm"
 kind = "pkcs11"
@@ -102,6 +105,7 @@ func TestParseFull(t *testing.T) {
 		Limits:  config.Limits{Rate: 1.5, Burst: 7, Concurrent: 9},
 		History: config.History{Required: true, SyncInterval: config.Lasting(time.Second)},
 		Node:    config.Node{Backend: "chip"},
+		Keys:    config.Keys{MinGrade: "hardware-claimed"},
 		Backends: []config.Backend{
 			{Name: "hsm", Kind: config.PKCS11, Default: true, Deadline: config.Lasting(5 * time.Second),
 				Module: "/usr/lib/softhsm/libsofthsm2.so", Token: "demo", Serial: "0123", PIN: secret.Source{Credential: "hsm-pin"},

@@ -17,6 +17,7 @@ import (
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/internal/secret"
 	"github.com/trustd/trustd/packet"
+	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/signer/history"
 	"github.com/trustd/trustd/verify"
 )
@@ -81,6 +82,7 @@ func (c *Config) VerifyPolicy() verify.Policy {
 	v := &c.Verify
 	return verify.Policy{
 		Skew: v.Skew.Duration(), Grace: v.Grace.Duration(), MessageAge: v.MessageAge.Duration(), LegacyTH033: v.LegacyTH033,
+		MinGrade: signer.Grade(v.MinGrade), DirectOnly: v.DirectOnly,
 		TTL: packet.TTLPolicy{Write: v.TTLWrite.Duration(), Read: v.TTLRead.Duration(), Default: v.TTLDefault.Duration()},
 	}
 }

@@ -9,10 +9,12 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/internal/secret"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/verify"
 )
 
@@ -105,6 +107,12 @@ func (c *Config) checkVerify(p *problems) {
 			p.add(d.field, "", "the duration is not in whole seconds")
 		}
 	}
+	if _, err := signer.ParseGrade(v.MinGrade); v.MinGrade != "" && err != nil {
+		p.add("verify.min_grade", "", "%s", fault.From(err).Text)
+	}
+	if _, err := signer.ParseGrade(c.Keys.MinGrade); c.Keys.MinGrade != "" && err != nil {
+		p.add("keys.min_grade", "", "%s", fault.From(err).Text)
+	}
 	if v.MaxNonces < 1000 || v.MaxNonces > 100_000_000 {
 		p.add("verify.max_nonces", "", "the number is not within 1000 and 100000000")
 	}
@@ -151,6 +159,7 @@ func (c *Config) checkBackends(p *problems) {
 var (
 	backendName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
 	envVariable = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,254}$`)
+	settingName = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)
 	sha256Text  = regexp.MustCompile(`^[0-9a-f]{64}$`)
 )
 
@@ -160,12 +169,13 @@ func (b *Backend) check(p *problems, field string) {
 		p.add(field+".deadline", "", "the duration is not within 100ms and 10m")
 	}
 	allowed := map[string][]string{
-		PKCS11: {"module", "token", "serial", "pin", "plugin", "plugin_sha256", "env"},
+		PKCS11: append([]string{"module", "token", "serial"}, pluginKeys...),
 		TPM:    {"device", "dir"},
 		Soft:   {"dir", "passphrase"},
+		Plugin: append([]string{"settings"}, pluginKeys...),
 	}[b.Kind]
 	if allowed == nil {
-		p.add(field+".kind", "", "a kind is pkcs11, tpm or soft")
+		p.add(field+".kind", "", "a kind is pkcs11, tpm, soft or plugin")
 		return
 	}
 	for _, key := range b.set() {
@@ -176,6 +186,9 @@ func (b *Backend) check(p *problems, field string) {
 	switch b.Kind {
 	case PKCS11:
 		b.checkPKCS11(p, field)
+	case Plugin:
+		absolute(p, field+".plugin", b.Plugin, true)
+		b.checkPlugin(p, field)
 	case TPM:
 		if !deviceName(b.Device) {
 			p.add(field+".device", "", "a device is device:/dev/tpmrm0 or swtpm:path=/path/of/socket")
@@ -189,6 +202,9 @@ func (b *Backend) check(p *problems, field string) {
 		checkSecret(p, field+".passphrase", b.Passphrase)
 	}
 }
+
+// pluginKeys are the keys of every kind whose backend lives in a plugin.
+var pluginKeys = []string{"pin", "plugin", "plugin_sha256", "dev", "env", "memory_limit", "open_files"}
 
 // set returns the keys that not all kinds have and that are given.
 func (b *Backend) set() []string {
@@ -206,6 +222,7 @@ func (b *Backend) set() []string {
 func (b *Backend) checkPKCS11(p *problems, field string) {
 	absolute(p, field+".module", b.Module, true)
 	absolute(p, field+".plugin", b.Plugin, false)
+	b.checkPlugin(p, field)
 	if b.Token == "" && b.Serial == "" {
 		p.add(field+".token", "List the tokens: trustd key probe --module PATH.",
 			"the token is named by its label or serial number")
@@ -213,9 +230,45 @@ func (b *Backend) checkPKCS11(p *problems, field string) {
 	if b.PIN.IsZero() {
 		p.add(field+".pin", "", "the PIN is missing: say where it is, such as {file = \"/etc/trustd/pin\"}")
 	}
+}
+
+// Bounds of what a plugin may use. Less than the least is not enough to start one.
+const (
+	leastMemory = 64 // MiB
+	mostMemory  = 1 << 20
+	leastFiles  = 32
+	mostFiles   = 1 << 16
+	maxSettings = 64
+	maxSetting  = 4096
+)
+
+// checkPlugin checks what all kinds have in common whose backend lives in a plugin.
+func (b *Backend) checkPlugin(p *problems, field string) {
 	checkSecret(p, field+".pin", b.PIN)
-	if b.PluginSHA256 != "" && !sha256Text.MatchString(b.PluginSHA256) {
+	switch {
+	case b.PluginSHA256 != "" && !sha256Text.MatchString(b.PluginSHA256):
 		p.add(field+".plugin_sha256", "", "a SHA-256 has 64 lower-case hexadecimal digits")
+	case b.Dev && b.PluginSHA256 != "":
+		p.add(field+".dev", "", "a plugin has either a checksum or dev = true")
+	case b.Plugin != "" && b.PluginSHA256 == "" && !b.Dev:
+		p.add(field+".plugin_sha256", "trustd plugin info PATH prints it; dev = true does without while you write a plugin.",
+			"the checksum of the plugin is missing")
+	}
+	if b.MemoryLimit != 0 && (b.MemoryLimit < leastMemory || b.MemoryLimit > mostMemory) {
+		p.add(field+".memory_limit", "", "the number of MiB is not within %d and %d", leastMemory, mostMemory)
+	}
+	if b.OpenFiles != 0 && (b.OpenFiles < leastFiles || b.OpenFiles > mostFiles) {
+		p.add(field+".open_files", "", "the number is not within %d and %d", leastFiles, mostFiles)
+	}
+	if len(b.Settings) > maxSettings {
+		p.add(field+".settings", "", "there are at most %d settings", maxSettings)
+	}
+	for name, value := range b.Settings {
+		if !settingName.MatchString(name) || len(value) > maxSetting || !utf8.ValidString(value) || strings.ContainsRune(value, 0) {
+			p.add(field+".settings", "", "a setting has a name of 1 to 64 letters, digits, '_', '-' and '.', and at most %d bytes of text",
+				maxSetting)
+			break
+		}
 	}
 	for name, value := range b.Env {
 		switch {

@@ -68,15 +68,11 @@ func openBackends(c *config.Config, log *slog.Logger) (*backendSet, error) {
 
 func openBackend(b config.Backend, stateDir string, log *slog.Logger) (signer.Backend, func(context.Context) error, error) {
 	switch b.Kind {
-	case config.PKCS11:
-		bin, err := pluginPath(b.Plugin)
+	case config.PKCS11, config.Plugin:
+		h, err := openPlugin(b, stateDir, log)
 		if err != nil {
 			return nil, nil, err
 		}
-		h := plugins.NewPKCS11(plugins.PKCS11Config{
-			Name: b.Name, Binary: bin, SHA256: b.PluginSHA256, Module: b.Module, TokenLabel: b.Token, TokenSerial: b.Serial,
-			PIN: b.PIN.Read, Env: b.Env, Log: log, Deadline: b.Deadline.Duration(), SocketDir: socketDir(stateDir),
-		})
 		return h, h.Run, nil
 	case config.TPM:
 		dir := b.Dir
@@ -104,6 +100,29 @@ func openBackend(b config.Backend, stateDir string, log *slog.Logger) (signer.Ba
 		return s, nil, nil
 	}
 	return nil, nil, fmt.Errorf("the kind %q is not known", b.Kind)
+}
+
+func openPlugin(b config.Backend, stateDir string, log *slog.Logger) (*plugins.Host, error) {
+	bin, err := pluginPath(b.Plugin)
+	if err != nil {
+		return nil, err
+	}
+	c := plugins.Config{
+		Name: b.Name, Binary: bin, SHA256: b.PluginSHA256, Dev: b.Dev, Kind: b.Kind, Settings: b.Settings, Env: b.Env, Log: log,
+		Deadline: b.Deadline.Duration(), SocketDir: socketDir(stateDir),
+		Limits: plugins.Limits{Memory: int64(b.MemoryLimit) << 20, OpenFiles: uint64(b.OpenFiles)},
+	}
+	if !b.PIN.IsZero() {
+		c.PIN = b.PIN.Read
+	}
+	if b.Kind == config.PKCS11 {
+		c.Settings = map[string]string{"module": b.Module, "token": b.Token, "serial": b.Serial}
+		c.Verified = b.Plugin == "" // trustd-pkcs11 does it, in the same process as the module
+	}
+	if b.Dev {
+		log.Warn("the plugin is started without a checksum; dev = true is for those who write one", "backend", b.Name)
+	}
+	return plugins.New(c), nil
 }
 
 // pluginPath finds the plugin: where it was told, or beside this program.

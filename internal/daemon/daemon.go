@@ -22,12 +22,11 @@ import (
 	"github.com/trustd/trustd/internal/durable"
 	"github.com/trustd/trustd/internal/keyring"
 	"github.com/trustd/trustd/internal/service"
-	"github.com/trustd/trustd/packet"
 	"github.com/trustd/trustd/registry"
 	"github.com/trustd/trustd/registry/journal"
+	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/signer/history"
 	"github.com/trustd/trustd/spend"
-	"github.com/trustd/trustd/verify"
 	"github.com/trustd/trustd/view"
 )
 
@@ -65,8 +64,10 @@ func Run(ctx context.Context, c *config.Config, o Options) (err error) {
 
 	svc := service.New(service.Config{
 		Version: o.Version, Registry: st.journal, Views: st.views, Keyring: st.keyring, Backends: backends.list,
-		History: st.history, Spend: st.spend, Clock: st.clock, Policy: policy(c), Log: o.Log, MaxNonces: c.Verify.MaxNonces,
+		History: st.history, Spend: st.spend, Clock: st.clock, Policy: c.VerifyPolicy(), Log: o.Log, MaxNonces: c.Verify.MaxNonces,
+		Canaries: canaryDir(c), MinGrade: signer.Grade(c.Keys.MinGrade),
 	})
+	defer func() { err = errors.Join(err, svc.Close()) }()
 	sockets, err := listen(c)
 	if err != nil {
 		return err
@@ -79,6 +80,13 @@ func Run(ctx context.Context, c *config.Config, o Options) (err error) {
 	g, work := errgroup.WithContext(work)
 	backends.run(work, g)
 	g.Go(func() error { return svc.Settle(work) })
+	watch, stopWatch := context.WithCancel(work)
+	defer stopWatch()
+	watched := make(chan struct{})
+	g.Go(func() error {
+		defer close(watched)
+		return svc.Watch(watch)
+	})
 
 	servers := newServers(ctx, svc, c, o)
 	for i, l := range []net.Listener{sockets.agent, sockets.admin} {
@@ -111,6 +119,8 @@ func Run(ctx context.Context, c *config.Config, o Options) (err error) {
 			_ = s.Close()
 		}
 	}
+	stopWatch() // before the devices: what was never asked for must not look like a failure
+	<-watched
 	stopWork()
 	return g.Wait()
 }
@@ -126,14 +136,10 @@ func newServers(ctx context.Context, svc *service.Service, c *config.Config, o O
 	return []*http.Server{server.HTTPServer(server.New(front)), server.HTTPServer(server.New(back))}
 }
 
-// policy returns what this verifier demands of packets, whatever their senders say.
-func policy(c *config.Config) verify.Policy {
-	v := c.Verify
-	return verify.Policy{
-		Skew: v.Skew.Duration(), Grace: v.Grace.Duration(), LegacyTH033: v.LegacyTH033, MessageAge: v.MessageAge.Duration(),
-		TTL: packet.TTLPolicy{Write: v.TTLWrite.Duration(), Read: v.TTLRead.Duration(), Default: v.TTLDefault.Duration()},
-	}
-}
+// canaryDir is where the records of the canary keys are.
+func canaryDir(c *config.Config) string { return filepath.Join(c.StateDir, "canaries") }
+
+func keyringDir(c *config.Config) string { return filepath.Join(c.StateDir, "keyring") }
 
 // registryPath is where the registry's records are.
 func registryPath(c *config.Config) string { return filepath.Join(c.StateDir, "registry.log") }
@@ -174,7 +180,7 @@ func openState(c *config.Config, clk clock.Clock) (*state, error) {
 	publish := func(r *registry.State) { s.views.Store(&view.View{Registry: r}) }
 	publish(s.journal.State())
 	s.journal.OnChange(publish)
-	if s.keyring, err = keyring.Open(filepath.Join(c.StateDir, "keyring")); err != nil {
+	if s.keyring, err = keyring.Open(keyringDir(c)); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	if s.history, err = history.Open(filepath.Join(c.StateDir, "history"), c.HistoryConfig()); err != nil {

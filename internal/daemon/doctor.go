@@ -5,14 +5,18 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
 	"github.com/trustd/trustd/api"
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/internal/config"
+	"github.com/trustd/trustd/internal/keyring"
 	"github.com/trustd/trustd/internal/service"
 	"github.com/trustd/trustd/registry/journal"
+	"github.com/trustd/trustd/signer"
+	"github.com/trustd/trustd/signer/monitor"
 )
 
 // The states of a check.
@@ -40,9 +44,14 @@ func Diagnose(ctx context.Context, c *config.Config) []api.HealthCheck {
 	if len(c.Backends) == 0 {
 		add("backends", Failure, "no backend is configured", "Run trustd key probe --module, --device or --dir and paste the block it prints.")
 	}
+	held := checkKeyring(c, add)
+	described := map[string]signer.Description{}
 	for _, b := range c.Backends {
-		checkBackend(ctx, c, b, add)
+		if d, ok := checkBackend(ctx, c, b, held, add); ok {
+			described[b.Name] = d
+		}
 	}
+	held.checkAlerts(c, described, add)
 	return out
 }
 
@@ -102,22 +111,68 @@ func checkRegistry(c *config.Config, add adder) {
 	add("registry", OK, fmt.Sprintf("%d records, all checksums right", size), "")
 }
 
-func checkBackend(ctx context.Context, c *config.Config, b config.Backend, add adder) {
+// A ring is the keys of this host, as far as they can be read.
+type ring struct {
+	entries []*keyring.Entry
+	unread  bool
+}
+
+// checkKeyring reads the keyring without changing it: a folder that is not there is not made.
+func checkKeyring(c *config.Config, add adder) ring {
+	dir := keyringDir(c)
+	if _, err := os.Stat(dir); err != nil {
+		return ring{unread: !os.IsNotExist(err)}
+	}
+	k, err := keyring.Open(dir)
+	if err != nil {
+		add("keys", Failure, fault.From(err).Error(), "Restore "+dir+" from a backup; do not delete it.")
+		return ring{unread: true}
+	}
+	add("keys", OK, fmt.Sprintf("%d keys of this host", len(k.All())), "")
+	return ring{entries: k.All()}
+}
+
+// uses reports whether a backend holds keys of this host.
+func (r ring) uses(backend string) bool {
+	return r.unread || slices.ContainsFunc(r.entries, func(e *keyring.Entry) bool { return e.Backend == backend })
+}
+
+// checkAlerts says which keys are not where or as they should be.
+func (r ring) checkAlerts(c *config.Config, described map[string]signer.Description, add adder) {
+	var alerts []service.Alert
+	for _, e := range r.entries {
+		var h *service.Holder
+		if i := slices.IndexFunc(c.Backends, func(b config.Backend) bool { return b.Name == e.Backend }); i >= 0 {
+			h = &service.Holder{Kind: c.Backends[i].Kind, Described: described[e.Backend]}
+		}
+		alerts = append(alerts, service.KeyAlerts(e, signer.Grade(e.Grade), signer.Grade(c.Keys.MinGrade), h)...)
+	}
+	service.SumUp(alerts, func(name, text, remedy string) { add(name, Failure, text, remedy) })
+}
+
+// checkBackend opens a backend and returns what it says of its device.
+func checkBackend(
+	ctx context.Context, c *config.Config, b config.Backend, held ring, add adder,
+) (d signer.Description, ok bool) {
 	name := "backend " + b.Name
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
 	one := *c
 	one.Backends = []config.Backend{b}
 	err := with(ctx, &one, slog.New(slog.DiscardHandler), func(ctx context.Context, set *backendSet) error {
-		d := service.DescribeBackend(ctx, &set.list[0])
-		if d.State == "ready" {
-			add(name, OK, d.Device, "")
-		} else {
-			add(name, Failure, d.Problem, d.Remedy)
+		one := &set.list[0]
+		d, ok = one.Describe(ctx), true
+		check := service.BackendCheck(one.Explain(d), held.uses(b.Name))
+		if d.State == signer.Ready {
+			if problem, remedy := monitor.Inspect(ctx, canaryDir(c), b.Name, one.Backend); problem != "" {
+				check.Status, check.Text, check.Remedy = Failure, problem, remedy
+			}
 		}
+		add(check.Name, check.Status, check.Text, check.Remedy)
 		return nil
 	})
 	if err != nil {
 		add(name, Failure, err.Error(), "")
 	}
+	return d, ok
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/trustd/trustd/internal/clock"
 	"github.com/trustd/trustd/internal/config"
 	"github.com/trustd/trustd/internal/service"
+	"github.com/trustd/trustd/signer"
 )
 
 // InitOptions say who founds an authority.
@@ -55,7 +56,8 @@ func Init(ctx context.Context, c *config.Config, log *slog.Logger, o InitOptions
 	err = with(ctx, c, log, func(ctx context.Context, set *backendSet) error {
 		svc := service.New(service.Config{
 			Registry: st.journal, Views: st.views, Keyring: st.keyring, Backends: set.list, History: st.history, Spend: st.spend,
-			Clock: st.clock, Policy: policy(c), Log: log, MaxNonces: c.Verify.MaxNonces,
+			Clock: st.clock, Policy: c.VerifyPolicy(), Log: log, MaxNonces: c.Verify.MaxNonces,
+			Canaries: canaryDir(c), MinGrade: signer.Grade(c.Keys.MinGrade),
 		})
 		if err := svc.Found(ctx, f); err != nil {
 			return err

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/trustd/trustd/api"
 	"github.com/trustd/trustd/fault"
@@ -37,8 +38,19 @@ type Entry struct {
 	Origin   string          `json:"origin"`
 	Adopted  bool            `json:"adopted,omitempty"` // the key is not ours to destroy
 	Bindings []api.Binding   `json:"bindings"`
+	// Batching is "always" or "never" where requests that do not say whether they may be batched, or all, are to be
+	// treated so; "" leaves it to the request.
+	Batching string `json:"batching,omitempty"`
+	// Orphaned is set where the device lost the key, which is not used then. Only an operator clears it.
+	Orphaned *Orphan `json:"orphaned,omitempty"`
 	// Leaving is set before the removal record is submitted, so that a crash after it can finish the work.
 	Leaving bool `json:"leaving,omitempty"`
+}
+
+// An Orphan says since when a key is lost, and in what way.
+type Orphan struct {
+	Reason string    `json:"reason"` // safe to show
+	At     time.Time `json:"at"`
 }
 
 // ID returns the key's id inside its backend.
@@ -155,6 +167,28 @@ func (k *Keyring) Put(e Entry) error {
 	next[e.AgentID] = &e
 	k.entries.Store(&next)
 	return nil
+}
+
+// Update changes an entry as it stands now, durably, and returns what it has become. change gets a copy, whose lists it
+// must not write to, and returns whether there is anything to write. Without an entry it is no_private_key.
+func (k *Keyring) Update(id ident.AgentID, change func(e *Entry) bool) (*Entry, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	now, ok := (*k.entries.Load())[id]
+	if !ok {
+		return nil, fault.New(fault.NoPrivateKey, "")
+	}
+	e := *now
+	if !change(&e) {
+		return now, nil
+	}
+	if err := k.write(entryDir, id.String(), e); err != nil {
+		return nil, err
+	}
+	next := maps.Clone(*k.entries.Load())
+	next[id] = &e
+	k.entries.Store(&next)
+	return &e, nil
 }
 
 // Delete removes an entry; one that is not there is no error.

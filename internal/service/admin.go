@@ -113,6 +113,9 @@ func (s *Service) AddAgent(ctx context.Context, r api.AddAgentRequest) (api.Agen
 	if n.backend, err = s.backend(r.Backend); err != nil {
 		return api.AgentDetail{}, err
 	}
+	if err := s.checkBackend(ctx, n.backend); err != nil {
+		return api.AgentDetail{}, err
+	}
 	if r.KeyURI != "" {
 		return s.adopt(ctx, n)
 	}
@@ -121,6 +124,27 @@ func (s *Service) AddAgent(ctx context.Context, r api.AddAgentRequest) (api.Agen
 		return api.AgentDetail{}, err
 	}
 	return s.join(ctx, n, func(id signer.ID) (signer.Key, error) { return n.backend.Generate(ctx, id, alg) })
+}
+
+// checkBackend refuses a backend whose keys would be of too low a grade, before a key is made on it.
+func (s *Service) checkBackend(ctx context.Context, b *Backend) error {
+	if s.cfg.MinGrade == "" {
+		return nil
+	}
+	if d := b.Describe(ctx); d.State == signer.Ready || d.State == signer.Recovering {
+		return s.checkGrade(d.Grade)
+	}
+	return nil // making the key says what is wrong
+}
+
+// checkGrade refuses a key of a grade below keys.min_grade.
+func (s *Service) checkGrade(g signer.Grade) error {
+	if s.cfg.MinGrade == "" || g.AtLeast(s.cfg.MinGrade) {
+		return nil
+	}
+	return &fault.Error{Code: fault.AssuranceTooLow, Field: "backend",
+		Text: "keys of this backend are " + gradeText(g) + ", and keys.min_grade is " + string(s.cfg.MinGrade),
+		Hint: "Name a backend with better keys (trustd backend list), or change keys.min_grade."}
 }
 
 // algorithm returns the algorithm asked for, or the backend's default. It never puts another in its place.
@@ -154,6 +178,7 @@ func (s *Service) join(ctx context.Context, n newcomer, make func(signer.ID) (si
 		return api.AgentDetail{}, err
 	}
 	key, err := make(id)
+	n.backend.monitor.Report(err)
 	if err == nil {
 		err = s.enrol(ctx, n, key, false)
 	}
@@ -185,6 +210,9 @@ func (s *Service) adopt(ctx context.Context, n newcomer) (api.AgentDetail, error
 	if info.Problem != "" || info.Public.IsZero() {
 		return api.AgentDetail{}, fault.New(fault.KeyNotFound, "the key on the device cannot be used")
 	}
+	if n.backend.monitor.IsCanary(u.ID) {
+		return api.AgentDetail{}, &fault.Error{Code: fault.KeyReused, Field: "key_uri", Text: "this is the backend's canary key"}
+	}
 	key, err := n.backend.Open(ctx, u.ID, info.Public)
 	if err != nil {
 		return api.AgentDetail{}, err
@@ -203,6 +231,9 @@ func (s *Service) enrol(ctx context.Context, n newcomer, key signer.Key, adopted
 	info, st := key.Info(), s.cfg.Registry.State()
 	if _, _, taken := st.ByKey(info.Public.ID()); taken {
 		return &fault.Error{Code: fault.KeyReused, Field: "public_key"}
+	}
+	if err := s.checkGrade(info.Grade); err != nil {
+		return err
 	}
 	e := keyring.Entry{
 		AgentID: n.id, Role: string(n.role), Backend: n.backend.Name, KeyID: info.ID.String(), URI: info.URI, Public: info.Public,
@@ -226,7 +257,8 @@ func (s *Service) enrol(ctx context.Context, n newcomer, key signer.Key, adopted
 	if err != nil {
 		return err
 	}
-	proof, err := s.cfg.History.Wrap(key).Sign(ctx, r.PossessionBytes(st.ClusterID(), n.id, info.Public))
+	open := s.line(n.backend, key)
+	proof, err := open.signRecord(ctx, r.PossessionBytes(st.ClusterID(), n.id, info.Public))
 	if err != nil {
 		return err
 	}
@@ -237,7 +269,11 @@ func (s *Service) enrol(ctx context.Context, n newcomer, key signer.Key, adopted
 	if err := s.cfg.Keyring.Put(e); err != nil {
 		return err
 	}
-	return s.submit(ctx, r)
+	if err := s.submit(ctx, r); err != nil {
+		return err
+	}
+	s.keep(n.id, open) // so that its first use need not look for it
+	return nil
 }
 
 // ListAgents lists all agents, operators and nodes.
@@ -266,7 +302,7 @@ func (s *Service) detail(ctx context.Context, id ident.AgentID) (api.AgentDetail
 // keyStates returns the state of each backend, by name.
 func (s *Service) keyStates(ctx context.Context) map[string]string {
 	out := map[string]string{}
-	for _, b := range s.describeAll(ctx) {
+	for _, b := range s.describeAll(ctx, adminPatience) {
 		out[b.Name] = b.State
 	}
 	return out
@@ -279,7 +315,10 @@ func (s *Service) detailOf(a registry.Agent, states map[string]string) api.Agent
 		return d
 	}
 	d.Local, d.Backend, d.KeyURI, d.Bindings = true, e.Backend, e.URI, e.Bindings
-	d.KeyState = cmp.Or(states[e.Backend], string(signer.Stopped))
+	d.KeyState, d.Batching = cmp.Or(states[e.Backend], string(signer.Stopped)), cmp.Or(e.Batching, api.BatchingOnRequest)
+	if e.Orphaned != nil {
+		d.KeyState = stateOrphaned
+	}
 	if a.Role == registry.RoleAgent {
 		if e.Public.Algorithm() != ident.Ed25519 {
 			d.Warnings = append(d.Warnings, "TrustHandoff's Python package verifies Ed25519 alone: it cannot read this agent's packets")
@@ -290,6 +329,9 @@ func (s *Service) detailOf(a registry.Agent, states map[string]string) api.Agent
 	}
 	if e.Grade == string(signer.Software) && a.Removed == nil {
 		d.Warnings = append(d.Warnings, "the key is a software key")
+	}
+	for _, w := range s.alertsOf(e) {
+		d.Warnings = append(d.Warnings, w.Text+" ("+w.Remedy+")")
 	}
 	return d
 }
@@ -314,15 +356,21 @@ func (s *Service) RemoveAgent(ctx context.Context, name string, r api.RemoveAgen
 	}
 	before, held := s.cfg.Keyring.Get(a.ID)
 	if held {
-		leaving := *before
-		leaving.Leaving, leaving.Adopted = true, before.Adopted || r.KeepKey
-		if err := s.cfg.Keyring.Put(leaving); err != nil {
+		_, err := s.cfg.Keyring.Update(a.ID, func(e *keyring.Entry) bool {
+			e.Leaving, e.Adopted = true, e.Adopted || r.KeepKey
+			return true
+		})
+		if err != nil {
 			return api.AgentDetail{}, err
 		}
 	}
 	if err := s.submit(ctx, rec); err != nil {
 		if held {
-			err = errors.Join(err, s.cfg.Keyring.Put(*before))
+			_, undone := s.cfg.Keyring.Update(a.ID, func(e *keyring.Entry) bool {
+				e.Leaving, e.Adopted = before.Leaving, before.Adopted
+				return true
+			})
+			err = errors.Join(err, undone)
 		}
 		return api.AgentDetail{}, err
 	}
@@ -375,11 +423,44 @@ func (s *Service) RevokeAgent(ctx context.Context, name string, r api.RevokeAgen
 	return s.detail(ctx, a.ID)
 }
 
+// SetAgent changes how this host treats one of its agents.
+func (s *Service) SetAgent(ctx context.Context, name string, r api.SetAgentRequest) (api.AgentDetail, error) {
+	switch r.Batching {
+	case "", api.BatchingOnRequest, api.BatchingAlways, api.BatchingNever:
+	default:
+		return api.AgentDetail{}, fault.BadField("batching", "batching is on-request, always or never")
+	}
+	a, err := resolve(s.cfg.Views.Load().Registry, name)
+	if err != nil {
+		return api.AgentDetail{}, err
+	}
+	if a.Role != registry.RoleAgent {
+		return api.AgentDetail{}, fault.BadField("name", "only agents have these settings")
+	}
+	_, err = s.cfg.Keyring.Update(a.ID, func(e *keyring.Entry) bool {
+		to := r.Batching
+		if to == api.BatchingOnRequest {
+			to = ""
+		}
+		if r.Batching == "" || to == e.Batching {
+			return false
+		}
+		e.Batching = to
+		return true
+	})
+	if err != nil {
+		return api.AgentDetail{}, err
+	}
+	return s.detail(ctx, a.ID)
+}
+
 // ListKeys lists the keys on all backends and those that a backend should hold and does not.
 func (s *Service) ListKeys(ctx context.Context) ([]api.Key, error) {
 	users := map[string]string{} // backend and key id, to agent
+	orphans := map[string]bool{}
 	for _, e := range s.cfg.Keyring.All() {
-		users[e.Backend+"/"+e.KeyID] = e.AgentID.String()
+		at := e.Backend + "/" + e.KeyID
+		users[at], orphans[at] = e.AgentID.String(), e.Orphaned != nil
 	}
 	out := []api.Key{}
 	for i := range s.cfg.Backends {
@@ -387,12 +468,25 @@ func (s *Service) ListKeys(ctx context.Context) ([]api.Key, error) {
 		keys, err := b.Keys(ctx)
 		if err != nil {
 			s.cfg.Log.Warn("the keys of a backend cannot be listed", "backend", b.Name, "error", err)
-			out = append(out, s.absent(b.Name, users, string(signer.Degraded))...)
+			b.monitor.Report(err)
+			state := signer.Degraded
+			if now := b.monitor.State(); b.monitor.Running() && now != signer.Ready {
+				state = now
+			}
+			out = append(out, s.absent(b.Name, users, string(state))...)
 			continue
 		}
 		for _, k := range keys {
 			at := b.Name + "/" + k.ID.String()
-			out = append(out, describeKey(b.Name, k, users[at]))
+			user := users[at]
+			if user == "" && b.monitor.IsCanary(k.ID) {
+				user = api.UsedByCanary
+			}
+			key := describeKey(b.Name, k, user)
+			if orphans[at] {
+				key.State = stateOrphaned
+			}
+			out = append(out, key)
 			delete(users, at)
 		}
 		out = append(out, s.absent(b.Name, users, stateOrphaned)...)
@@ -415,6 +509,10 @@ func (s *Service) absent(backend string, users map[string]string, state string) 
 			continue
 		}
 		delete(users, e.Backend+"/"+e.KeyID)
+		state := state
+		if e.Orphaned != nil {
+			state = stateOrphaned
+		}
 		out = append(out, api.Key{
 			URI: e.URI, Backend: e.Backend, Fingerprint: e.Public.ID().String(), Algorithm: e.Public.Algorithm().String(), Grade: e.Grade,
 			Origin: e.Origin, UsedBy: e.AgentID.String(), State: state,
@@ -438,9 +536,4 @@ func describeKey(backend string, k signer.KeyInfo, user string) api.Key {
 		out.Fingerprint, out.Algorithm = k.Public.ID().String(), k.Public.Algorithm().String()
 	}
 	return out
-}
-
-// Backends describes all backends.
-func (s *Service) Backends(ctx context.Context) ([]api.Backend, error) {
-	return s.describeAll(ctx), nil
 }

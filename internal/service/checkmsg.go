@@ -49,7 +49,11 @@ func (s *Service) messageInput(ctx context.Context, r api.VerifyMessageRequest) 
 		return verify.MessageInput{}, err
 	}
 	view := s.cfg.Views.Load()
-	in := verify.MessageInput{View: view, Policy: s.cfg.Policy, Now: s.cfg.Clock.Now()}
+	policy, err := s.tightened(r.Demands)
+	if err != nil {
+		return verify.MessageInput{}, err
+	}
+	in := verify.MessageInput{View: view, Policy: policy, Roots: s.roots, Now: s.cfg.Clock.Now()}
 	switch cmp.Or(r.Mode, api.ModeRegistry) {
 	case api.ModeRegistry:
 	case api.ModeKey:
@@ -159,7 +163,7 @@ func (s *Service) messageVerdict(m *packet.Message, v verify.Verdict, refusal *f
 		Valid: v.SignatureValid, SignerID: h.SignerID.String(), Fingerprint: h.Fingerprint.String(),
 		SignedAt: h.Timestamp.Format(packet.MessageTime), Algorithm: h.Algorithm.String(), PayloadHash: m.PayloadHash(),
 		ReasonCode: out.Reason, KeyEpoch: v.Key().Epoch, TrustLevel: out.TrustLevel, Grade: h.Grade,
-		ViewHead: digestText(root), ViewSize: size, Mode: modeDirect,
+		ViewHead: digestText(root), ViewSize: size, Mode: string(m.Signature().Mode()),
 	}
 	return out
 }

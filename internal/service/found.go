@@ -47,6 +47,9 @@ func (s *Service) Found(ctx context.Context, f Founding) error {
 		return &fault.Error{Code: fault.Unavailable, Text: cmp.Or(d.Problem, "the backend cannot make keys"), Hint: d.Remedy}
 	}
 	var notes []keyring.Staged
+	if err := s.checkGrade(d.Grade); err != nil {
+		return err
+	}
 	err = s.found(ctx, f, b, d.Algorithms[0], &notes)
 	for _, n := range notes {
 		if err == nil {
@@ -87,6 +90,9 @@ func (s *Service) found(ctx context.Context, f Founding, b *Backend, alg ident.A
 			return err
 		}
 		info := key.Info()
+		if err := s.checkGrade(info.Grade); err != nil {
+			return err
+		}
 		e := keyring.Entry{AgentID: who.id, Role: string(who.role), Backend: b.Name, KeyID: id.String(), URI: info.URI, Public: info.Public,
 			Grade: string(info.Grade), Origin: string(info.Origin), Bindings: who.bindings}
 		if err := s.cfg.Keyring.Put(e); err != nil {
@@ -105,7 +111,7 @@ func (s *Service) found(ctx context.Context, f Founding, b *Backend, alg ident.A
 		return err
 	}
 	for _, p := range founders {
-		sig, err := s.cfg.History.Wrap(p.key).Sign(ctx, r.SigningBytes(registry.ClusterID{}))
+		sig, err := s.line(b, p.key).signRecord(ctx, r.SigningBytes(registry.ClusterID{}))
 		if err != nil {
 			return err
 		}

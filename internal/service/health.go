@@ -3,7 +3,7 @@ package service
 import (
 	"context"
 	"fmt"
-	"sync"
+	"time"
 
 	"github.com/trustd/trustd/api"
 	"github.com/trustd/trustd/fault"
@@ -18,19 +18,8 @@ const (
 	healthFailure = "failure"
 )
 
-// describeAll asks all backends at once: one that hangs costs its own deadline and no more.
-func (s *Service) describeAll(ctx context.Context) []api.Backend {
-	out := make([]api.Backend, len(s.cfg.Backends))
-	var wg sync.WaitGroup
-	for i := range s.cfg.Backends {
-		wg.Go(func() { out[i] = DescribeBackend(ctx, &s.cfg.Backends[i]) })
-	}
-	wg.Wait()
-	return out
-}
-
 // Health says whether the daemon and each of its parts can serve. The daemon is ready with a registry and one
-// backend that signs, or with no backend at all, when it only verifies.
+// backend that has lately signed, or with no backend at all, when it only verifies.
 func (s *Service) Health(ctx context.Context) (api.Health, error) {
 	st := s.cfg.Views.Load().Registry
 	size, root := st.Head()
@@ -55,15 +44,13 @@ func (s *Service) Health(ctx context.Context) (api.Health, error) {
 	} else {
 		add("operators", healthOK, fmt.Sprintf("%d operators, %d must sign", n, st.Threshold()), "")
 	}
-	signs := len(s.cfg.Backends) == 0
-	for _, b := range s.describeAll(ctx) {
-		if b.State == string(signer.Ready) {
-			signs = true
-			add("backend "+b.Name, healthOK, b.Device, "")
-		} else {
-			add("backend "+b.Name, healthFailure, b.Problem, b.Remedy)
-		}
+	signs, used := len(s.cfg.Backends) == 0, s.used()
+	for _, b := range s.describeAll(ctx, probePatience) {
+		signs = signs || b.State == string(signer.Ready)
+		c := BackendCheck(b, used[b.Name])
+		add(c.Name, c.Status, c.Text, c.Remedy)
 	}
+	SumUp(s.alerts(), func(name, text, remedy string) { add(name, healthFailure, text, remedy) })
 	if held, most := s.cfg.Spend.Len(), s.cfg.MaxNonces; held > most/10*9 {
 		add("nonces", healthWarning, fmt.Sprintf("%d of %d places are taken", held, most), fault.ReplayStoreFull.Hint())
 	} else {
@@ -72,6 +59,28 @@ func (s *Service) Health(ctx context.Context) (api.Health, error) {
 	s.checkPending(st, add)
 	h.Ready = st.Initialised() && signs
 	return h, nil
+}
+
+// BackendCheck says how a backend fares: one that does not sign is a failure where keys of this host are on it.
+func BackendCheck(b api.Backend, used bool) api.HealthCheck {
+	c := api.HealthCheck{Name: "backend " + b.Name, Status: healthOK, Text: b.Device}
+	if b.State == string(signer.Ready) {
+		return c
+	}
+	c.Status, c.Text, c.Remedy = healthFailure, b.State, b.Remedy
+	if !used {
+		c.Status = healthWarning
+	}
+	if b.Since != nil {
+		c.Text += " since " + b.Since.Format(time.RFC3339)
+	}
+	if b.Problem != "" {
+		c.Text += ": " + b.Problem
+	}
+	if !used {
+		c.Text += "; no key of this host is on it"
+	}
+	return c
 }
 
 // checkPending reports keys whose making or removal a crash or a lost device left unfinished.
@@ -90,14 +99,4 @@ func (s *Service) checkPending(st *registry.State, add func(name, status, text, 
 		return
 	}
 	add("keys", healthOK, fmt.Sprintf("%d keys of this host", len(s.cfg.Keyring.All())), "")
-}
-
-// Figures are what the metrics show of a service.
-type Figures struct{ Agents, Records, Keys, Nonces float64 }
-
-// Figures returns the current figures. It talks to no device.
-func (s *Service) Figures() Figures {
-	st := s.cfg.Views.Load().Registry
-	size, _ := st.Head()
-	return Figures{Agents: float64(st.Len()), Records: float64(size), Keys: float64(len(s.cfg.Keyring.All())), Nonces: float64(s.cfg.Spend.Len())}
 }

@@ -1,7 +1,6 @@
 package service
 
 import (
-	"cmp"
 	"context"
 	"maps"
 	"slices"
@@ -12,6 +11,7 @@ import (
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signature"
 )
 
 // Identity looks up an agent by id, alias or fingerprint.
@@ -94,7 +94,9 @@ func (s *Service) Capabilities(ctx context.Context) (api.Capabilities, error) {
 	}
 	algs := map[string]bool{}
 	for i := range backends {
-		backends[i].Mechanisms, backends[i].Limits = nil, nil // for operators: Backends
+		b := &backends[i] // the rest is for operators: Backends
+		backends[i] = api.Backend{Name: b.Name, Kind: b.Kind, Device: b.Device, Default: b.Default, State: b.State, Since: b.Since,
+			Grade: b.Grade, Algorithms: b.Algorithms, Problem: b.Problem, Remedy: b.Remedy}
 		for _, a := range backends[i].Algorithms {
 			algs[a] = true
 		}
@@ -102,21 +104,8 @@ func (s *Service) Capabilities(ctx context.Context) (api.Capabilities, error) {
 	return api.Capabilities{
 		Version: s.cfg.Version, ClusterID: s.cfg.Views.Load().Registry.ClusterID().String(), Algorithms: slices.Sorted(maps.Keys(algs)),
 		Backends: backends,
-		Formats:  []string{"trusthandoff-packet/0.4", "trustd-message/1"},
-		Limits: map[string]int64{"body_bytes": api.MaxBody, "batch": api.MaxBatch, "batch_bytes": api.MaxBatchBody,
+		Formats:  []string{"trusthandoff-packet/0.4", "trustd-message/1", "trustd-batch/v1"},
+		Limits: map[string]int64{"body_bytes": api.MaxBody, "batch": api.MaxBatch, "batch_bytes": api.MaxBatchBody, "signature_batch": signature.MaxBatch,
 			"nonces": int64(s.cfg.MaxNonces), "nonces_held": int64(s.cfg.Spend.Len())},
 	}, nil
-}
-
-// DescribeBackend asks a backend what it is and can do.
-func DescribeBackend(ctx context.Context, b *Backend) api.Backend {
-	d := b.Describe(ctx)
-	out := api.Backend{
-		Name: b.Name, Kind: cmp.Or(b.Kind, d.Kind), Device: d.Device, Default: b.Default, State: string(d.State), Grade: string(d.Grade),
-		Mechanisms: d.Mechanisms, Limits: d.Limits, Problem: d.Problem, Remedy: d.Remedy, Algorithms: make([]string, len(d.Algorithms)),
-	}
-	for i, a := range d.Algorithms {
-		out.Algorithms[i] = a.String()
-	}
-	return out
 }

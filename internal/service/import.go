@@ -93,6 +93,9 @@ func (s *Service) importPrivate(ctx context.Context, r api.ImportAgentRequest) (
 	if n.backend, err = s.backend(r.Backend); err != nil {
 		return api.AgentDetail{}, err
 	}
+	if err := s.checkBackend(ctx, n.backend); err != nil {
+		return api.AgentDetail{}, err
+	}
 	importer, ok := n.backend.Backend.(signer.Importer)
 	if !ok {
 		return api.AgentDetail{}, &fault.Error{Code: fault.Unsupported, Field: "backend", Text: "this backend takes in no private keys"}

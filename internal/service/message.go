@@ -8,6 +8,7 @@ import (
 	"github.com/trustd/trustd/api"
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/packet"
+	"github.com/trustd/trustd/signer/batch"
 	"github.com/trustd/trustd/signer/history"
 )
 
@@ -16,6 +17,10 @@ const maxMessageTTL = 365 * 24 * time.Hour
 
 // SignMessage signs arbitrary JSON with all that matters in its header.
 func (s *Service) SignMessage(ctx context.Context, r api.SignMessageRequest) (api.SignMessageReply, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return api.SignMessageReply{}, err
+	}
 	e, a, err := s.actor(ctx, r.Agent, api.VerbSign)
 	if err != nil {
 		return api.SignMessageReply{}, err
@@ -48,12 +53,16 @@ func (s *Service) SignMessage(ctx context.Context, r api.SignMessageRequest) (ap
 	if err != nil {
 		return api.SignMessageReply{}, err
 	}
-	u, sig, err := signMessage(ctx, key, &h, r.Payload)
-	j := job{entry: e, agent: a}
+	u, err := number(key.history, &h, r.Payload)
 	if err != nil {
-		return api.SignMessageReply{}, s.signFailed(j, err)
+		return api.SignMessageReply{}, err
 	}
-	m, err := u.Seal(sig, e.Public)
+	j := job{entry: e, agent: a}
+	res := key.line.Sign(ctx, whose(c), []batch.Item{{Subject: u.Subject(), Batchable: batchable(r.Batchable, e), Number: h.Seq}})[0]
+	if res.Err != nil {
+		return api.SignMessageReply{}, s.signFailed(j, s.lost(ctx, e, res.Err))
+	}
+	m, err := u.Seal(res.Signature, e.Public)
 	if err != nil {
 		return api.SignMessageReply{}, err
 	}
@@ -61,28 +70,28 @@ func (s *Service) SignMessage(ctx context.Context, r api.SignMessageRequest) (ap
 	if err != nil {
 		return api.SignMessageReply{}, err
 	}
-	return api.SignMessageReply{Message: text, Digest: m.Digest(), Signed: j.signed(h.Seq)}, nil
+	return api.SignMessageReply{Message: text, Digest: m.Digest(), Signed: j.signed(res)}, nil
 }
 
 // lapses bounds how often a message gets another number because others signed so much with the key meanwhile that
 // its first one lapsed.
 const lapses = 8
 
-// signMessage gives the message its number, which is part of what is signed, and signs it.
-func signMessage(ctx context.Context, key *history.Signer, h *packet.MessageHeader, payload []byte) (*packet.UnsignedMessage, []byte, error) {
+// number gives the message its number, which is part of what is signed, and puts it into the key's history, so that
+// it may be signed alone or in a batch.
+func number(key *history.Signer, h *packet.MessageHeader, payload []byte) (*packet.UnsignedMessage, error) {
 	for range lapses {
 		var err error
 		if h.Seq, err = key.Reserve(); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		u, err := packet.NewMessage(*h, payload)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
-		sig, err := key.SignAs(ctx, h.Seq, u.SigningBytes())
-		if !errors.Is(err, history.ErrLapsed) {
-			return u, sig, err
+		if err := key.Note(h.Seq, u.SigningBytes()); !errors.Is(err, history.ErrLapsed) {
+			return u, err
 		}
 	}
-	return nil, nil, fault.New(fault.ResourceExhausted, "too many others sign with this key at the moment")
+	return nil, fault.New(fault.ResourceExhausted, "too many others sign with this key at the moment")
 }

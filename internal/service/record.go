@@ -54,9 +54,10 @@ func (s *Service) endorse(ctx context.Context, r *registry.Record, withOperators
 		if err != nil {
 			return err
 		}
-		sig, err := key.Sign(ctx, msg)
+		sig, err := key.signRecord(ctx, msg)
 		if err != nil {
-			return err
+			s.forget(e.AgentID)
+			return s.lost(ctx, e, err)
 		}
 		r.AddSignature(e.Public.ID(), sig)
 	}

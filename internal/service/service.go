@@ -8,7 +8,9 @@ import (
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
+	"errors"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,7 +21,9 @@ import (
 	"github.com/trustd/trustd/internal/clock"
 	"github.com/trustd/trustd/internal/keyring"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signature"
 	"github.com/trustd/trustd/signer"
+	"github.com/trustd/trustd/signer/batch"
 	"github.com/trustd/trustd/signer/history"
 	"github.com/trustd/trustd/spend"
 	"github.com/trustd/trustd/verify"
@@ -33,15 +37,7 @@ type Registry interface {
 	Submit(ctx context.Context, r registry.Record) (registry.Outcome, error)
 }
 
-// A Backend is a key backend under its name in the configuration.
-type Backend struct {
-	signer.Backend
-	Name    string
-	Kind    string
-	Default bool
-}
-
-// Config is what a Service stands on. Every field is needed.
+// Config is what a Service stands on. Every field is needed, but MinGrade.
 type Config struct {
 	Version   string
 	Registry  Registry
@@ -54,6 +50,8 @@ type Config struct {
 	Clock     clock.Clock
 	Policy    verify.Policy
 	Log       *slog.Logger
+	Canaries  string       // folder of the records of canary keys
+	MinGrade  signer.Grade // of keys of this host; "" is any
 }
 
 // A Service implements api.Agent and api.Admin. It is safe for concurrent use.
@@ -62,20 +60,47 @@ type Service struct {
 	started time.Duration // boot clock
 
 	keysMu sync.Mutex // guards keys; never held while a device works
-	keys   map[ident.AgentID]openKey
+	keys   map[ident.AgentID]*openKey
+	roots  *signature.Roots
 
-	admin sync.Mutex // one change of agents at a time
+	admin sync.Mutex      // one change of agents at a time
+	noted map[string]bool // alerts that were logged; the settler's own
 }
 
 // An openKey is a key that its backend has found and checked. Everything it signs enters its history first.
 type openKey struct {
-	id  signer.ID
-	key *history.Signer
+	id      signer.ID
+	grade   signer.Grade
+	history *history.Signer
+	line    *batch.Key // over history
 }
+
+// signRecord signs a record, directly: records are never batched. It waits its turn like all that the device signs.
+func (k *openKey) signRecord(ctx context.Context, msg []byte) ([]byte, error) {
+	out := k.line.Sign(ctx, batch.Caller{}, []batch.Item{{Subject: signature.Subject{Message: msg}}})
+	return out[0].Signature.Raw(), out[0].Err
+}
+
+// rootsKept bounds the batches whose signature is remembered to be good: about 200 bytes each.
+const rootsKept = 16384
 
 // New returns a service. It starts nothing.
 func New(c Config) *Service {
-	return &Service{cfg: c, started: c.Clock.Boot(), keys: map[ident.AgentID]openKey{}}
+	s := &Service{cfg: c, started: c.Clock.Boot(), keys: map[ident.AgentID]*openKey{}, roots: signature.NewRoots(rootsKept)}
+	s.cfg.Backends = slices.Clone(c.Backends)
+	for i := range s.cfg.Backends {
+		s.attach(&s.cfg.Backends[i])
+	}
+	return s
+}
+
+// Close refuses further requests to sign and waits for the devices to finish those under way.
+func (s *Service) Close() error {
+	var errs []error
+	for i := range s.cfg.Backends {
+		errs = append(errs, s.cfg.Backends[i].device.Close())
+	}
+	return errors.Join(errs...)
 }
 
 var (
@@ -96,17 +121,21 @@ func (s *Service) backend(name string) (*Backend, error) {
 			Hint: "Name one with --backend, or mark one default = true in the configuration."}
 	}
 	return nil, &fault.Error{Code: fault.NotFound, Field: "backend", Text: "no backend has that name",
-		Hint: "See trustd key probe."}
+		Hint: "See trustd backend list."}
 }
 
-// open returns the key of an entry, from the cache or from its backend.
-func (s *Service) open(ctx context.Context, e *keyring.Entry) (*history.Signer, error) {
+// open returns the key of an entry, from the cache or from its backend. A key that its device lost is refused without
+// asking the device.
+func (s *Service) open(ctx context.Context, e *keyring.Entry) (*openKey, error) {
+	if e.Orphaned != nil {
+		return nil, fault.New(fault.KeyOrphaned, "")
+	}
 	id := e.ID()
 	s.keysMu.Lock()
 	k, ok := s.keys[e.AgentID]
 	s.keysMu.Unlock()
 	if ok && k.id == id {
-		return k.key, nil
+		return k, nil
 	}
 	b, err := s.backend(e.Backend)
 	if err != nil {
@@ -114,13 +143,27 @@ func (s *Service) open(ctx context.Context, e *keyring.Entry) (*history.Signer, 
 	}
 	device, err := b.Open(ctx, id, e.Public)
 	if err != nil {
-		return nil, err
+		b.monitor.Report(err)
+		return nil, s.lost(ctx, e, err)
 	}
-	key := s.cfg.History.Wrap(device)
+	return s.keep(e.AgentID, s.line(b, device)), nil
+}
+
+// keep notes an open key, and returns the one to use: that of another request which was quicker.
+func (s *Service) keep(id ident.AgentID, k *openKey) *openKey {
 	s.keysMu.Lock()
-	s.keys[e.AgentID] = openKey{id, key}
-	s.keysMu.Unlock()
-	return key, nil
+	defer s.keysMu.Unlock()
+	if now, ok := s.keys[id]; ok && now.id == k.id {
+		return now
+	}
+	s.keys[id] = k
+	return k
+}
+
+// line puts a key behind its history and into its device's queue.
+func (s *Service) line(b *Backend, key signer.Key) *openKey {
+	h := s.cfg.History.Wrap(key)
+	return &openKey{id: key.Info().ID, grade: key.Info().Grade, history: h, line: b.device.Key(h)}
 }
 
 // forget drops a cached key, so that the next use finds it anew.

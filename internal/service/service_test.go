@@ -1,6 +1,7 @@
 package service_test
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -40,6 +41,9 @@ type host struct {
 	close   func()
 
 	hardware bool // the backend gives no key out and takes none in
+	minGrade signer.Grade
+	name     string            // of the backend; "" is laptop
+	more     []service.Backend // beside it
 }
 
 // A crashing backend panics where a test tells it to, as a process that dies does: nothing after that line runs.
@@ -133,7 +137,8 @@ func (h *host) open() {
 	h.svc = service.New(service.Config{
 		Version: "test", Registry: h.submit, Views: views, Keyring: h.keyring, History: hist, Spend: sp, Clock: clock.System(),
 		Policy: verify.DefaultPolicy(), Log: slog.New(slog.DiscardHandler), MaxNonces: spend.DefaultMax,
-		Backends: []service.Backend{{Backend: device, Name: "laptop", Kind: "soft", Default: true}},
+		Canaries: filepath.Join(h.dir, "canaries"), MinGrade: h.minGrade,
+		Backends: append([]service.Backend{{Backend: device, Name: cmp.Or(h.name, "laptop"), Kind: "soft", Default: true}}, h.more...),
 	})
 	h.close = func() {
 		if err := errors.Join(sp.Close(), hist.Close(), j.Close(), b.Close()); err != nil {

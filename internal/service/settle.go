@@ -14,8 +14,8 @@ import (
 // settleEvery is how often work that a lost device left over is tried again.
 const settleEvery = 30 * time.Second
 
-// Settle finishes or undoes, now and then, what a crash or a lost device left between a key and its registration.
-// It returns when ctx ends.
+// Settle finishes or undoes, now and then, what a crash or a lost device left between a key and its registration, and
+// logs which alerts have come and gone. It returns when ctx ends. It has one caller.
 func (s *Service) Settle(ctx context.Context) error {
 	tick := time.NewTicker(settleEvery)
 	defer tick.Stop()
@@ -23,6 +23,7 @@ func (s *Service) Settle(ctx context.Context) error {
 		if err := s.SettleOnce(ctx); err != nil && ctx.Err() == nil {
 			s.cfg.Log.Warn("some keys could not be settled yet", "error", err)
 		}
+		s.noteAlerts()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -49,9 +50,11 @@ func (s *Service) SettleOnce(ctx context.Context) error {
 		case known && a.Removed != nil:
 			errs = append(errs, s.bury(ctx, e.AgentID))
 		case known && e.Leaving: // the crash came before the record
-			stay := *e
-			stay.Leaving = false
-			errs = append(errs, s.cfg.Keyring.Put(stay))
+			_, err := s.cfg.Keyring.Update(e.AgentID, func(stay *keyring.Entry) bool {
+				stay.Leaving = false
+				return true
+			})
+			errs = append(errs, err)
 		case !known && e.Adopted: // the crash came before the record, and the key is not ours
 			errs = append(errs, s.cfg.Keyring.Delete(e.AgentID))
 		}

@@ -5,21 +5,37 @@ import (
 	"sync"
 
 	"github.com/trustd/trustd/api"
+	"github.com/trustd/trustd/caller"
 	"github.com/trustd/trustd/fault"
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/internal/keyring"
 	"github.com/trustd/trustd/packet"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signature"
+	"github.com/trustd/trustd/signer/batch"
+	"github.com/trustd/trustd/signer/monitor"
 )
-
-// modeDirect says that the device signed the message itself, not a batch that holds it.
-const modeDirect = "direct"
 
 // A job is one message on its way through a device.
 type job struct {
 	entry *keyring.Entry
 	agent registry.Agent
-	bytes []byte // what is signed
+	who   batch.Caller
+	item  batch.Item
+}
+
+// whose returns in whose line a caller's requests stand.
+func whose(c *caller.Caller) batch.Caller { return batch.Caller{UID: c.UID, PID: c.PID} }
+
+// batchable says whether a request may be signed in a batch: as it says, or else as its agent's setting says.
+func batchable(asked *bool, e *keyring.Entry) bool {
+	switch {
+	case e.Batching == api.BatchingNever:
+		return false
+	case asked != nil:
+		return *asked
+	}
+	return e.Batching == api.BatchingAlways
 }
 
 // SignPacket completes and signs one packet.
@@ -32,11 +48,11 @@ func (s *Service) SignPacket(ctx context.Context, r api.SignPacketRequest) (api.
 	if err != nil {
 		return api.SignPacketReply{}, err
 	}
-	seqs, res := key.SignNumbered(ctx, [][]byte{j.bytes})
-	if res[0].Err != nil {
-		return api.SignPacketReply{}, s.signFailed(j, res[0].Err)
+	res := key.line.Sign(ctx, j.who, []batch.Item{j.item})[0]
+	if res.Err != nil {
+		return api.SignPacketReply{}, s.signFailed(j, s.lost(ctx, j.entry, res.Err))
 	}
-	return api.SignPacketReply{Packet: u.Seal(res[0].Signature), Signed: j.signed(seqs[0])}, nil
+	return api.SignPacketReply{Packet: u.Seal(res.Signature), Signed: j.signed(res)}, nil
 }
 
 // A packetJob is a packet of a batch and its place in it.
@@ -74,28 +90,32 @@ func (s *Service) SignPackets(ctx context.Context, rs []api.SignPacketRequest) [
 
 // signGroup signs the packets of one agent and puts each result into its place.
 func (s *Service) signGroup(ctx context.Context, g []packetJob, out []api.SignPacketResult) {
-	fail := func(err error) {
+	key, err := s.open(ctx, g[0].entry)
+	if err != nil {
 		for _, j := range g {
 			out[j.at].Error = s.problem(err)
 		}
-	}
-	key, err := s.open(ctx, g[0].entry)
-	if err != nil {
-		fail(err)
 		return
 	}
-	msgs := make([][]byte, len(g))
+	items := make([]batch.Item, len(g))
 	for i := range g {
-		msgs[i] = g[i].bytes
+		items[i] = g[i].item
 	}
-	seqs, results := key.SignNumbered(ctx, msgs)
-	for i, res := range results {
-		j := g[i]
+	var gone error
+	for i, res := range key.line.Sign(ctx, g[0].who, items) {
+		j := &g[i]
 		if res.Err != nil {
-			out[j.at].Error = s.problem(s.signFailed(j.job, res.Err))
+			err := res.Err
+			if monitor.Gone(err) { // looked into once for all
+				if gone == nil {
+					gone = s.lost(ctx, j.entry, err)
+				}
+				err = gone
+			}
+			out[j.at].Error = s.problem(s.signFailed(j.job, err))
 			continue
 		}
-		out[j.at].SignPacketReply = &api.SignPacketReply{Packet: j.packet.Seal(res.Signature), Signed: j.signed(seqs[i])}
+		out[j.at].SignPacketReply = &api.SignPacketReply{Packet: j.packet.Seal(res.Signature), Signed: j.signed(res)}
 	}
 }
 
@@ -111,6 +131,10 @@ func (s *Service) problem(err error) *api.Problem {
 
 // preparePacket does all that comes before the device: who asks, as whom, and is the packet whole and right.
 func (s *Service) preparePacket(ctx context.Context, r api.SignPacketRequest) (job, *packet.Unsigned, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return job{}, nil, err
+	}
 	e, a, err := s.actor(ctx, r.Agent, api.VerbSign)
 	if err != nil {
 		return job{}, nil, err
@@ -137,14 +161,20 @@ func (s *Service) preparePacket(ctx context.Context, r api.SignPacketRequest) (j
 	if err != nil {
 		return job{}, nil, err
 	}
-	return job{entry: e, agent: a, bytes: u.SigningBytes()}, u, nil
+	j := job{entry: e, agent: a, who: whose(c), item: batch.Item{
+		Subject: signature.Subject{Kind: signature.KindPacket, Agent: a.ID, Message: u.SigningBytes()},
+		// The text of a batched signature is longer, and the packet must not outgrow its bound by it.
+		Batchable: batchable(r.Batchable, e) && len(u.SigningBytes())+signature.MaxText < packet.MaxTask,
+	}}
+	return j, u, nil
 }
 
-// signed says how the signature was made. seq is its place in the key's history.
-func (j job) signed(seq uint64) api.Signed {
+// signed says how the signature was made.
+func (j job) signed(r batch.Result) api.Signed {
+	_, size := r.Signature.Place()
 	return api.Signed{
 		AgentID: j.agent.ID.String(), Fingerprint: j.entry.Public.ID().String(), Algorithm: j.entry.Public.Algorithm().String(),
-		Grade: j.entry.Grade, Mode: modeDirect, Epoch: j.agent.Current().Epoch, Sequence: seq,
+		Grade: j.entry.Grade, Mode: string(r.Signature.Mode()), Epoch: j.agent.Current().Epoch, Sequence: r.Number, BatchSize: size,
 	}
 }
 
@@ -152,7 +182,7 @@ func (j job) signed(seq uint64) api.Signed {
 // looked for anew.
 func (s *Service) signFailed(j job, err error) error {
 	switch fault.CodeOf(err) {
-	case fault.Canceled, fault.DeadlineExceeded, fault.DeviceBusy, fault.ResourceExhausted:
+	case fault.Canceled, fault.DeadlineExceeded, fault.DeviceBusy, fault.ResourceExhausted, fault.Stopping:
 	default:
 		s.forget(j.agent.ID)
 	}

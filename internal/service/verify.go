@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,6 +15,8 @@ import (
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/packet"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signature"
+	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/spend"
 	"github.com/trustd/trustd/verify"
 )
@@ -101,6 +104,10 @@ func (s *Service) judge(ctx context.Context, r api.VerifyPacketRequest) (api.Dec
 	if err != nil {
 		return api.Decision{}, nil, err
 	}
+	policy, err := s.tightened(r.Demands)
+	if err != nil {
+		return api.Decision{}, nil, err
+	}
 	t, err := packet.Parse(r.Packet)
 	if err != nil {
 		d := api.Decision{Decision: api.Reject}
@@ -109,7 +116,7 @@ func (s *Service) judge(ctx context.Context, r api.VerifyPacketRequest) (api.Dec
 	}
 	d := api.Decision{PacketID: t.PacketID, Decision: api.Accept, Form: formCurrent}
 	now := s.cfg.Clock.Now()
-	acc, refusal := verify.Check(verify.Input{Packet: t, MayReceive: may, View: v, Policy: s.cfg.Policy, Now: now})
+	acc, refusal := verify.Check(verify.Input{Packet: t, MayReceive: may, View: v, Policy: policy, Roots: s.roots, Now: now})
 	if refusal != nil {
 		refuse(&d, refusal)
 	} else if acc.Legacy() {
@@ -124,6 +131,18 @@ func (s *Service) judge(ctx context.Context, r api.VerifyPacketRequest) (api.Dec
 		return d, nil, nil
 	}
 	return d, &acc, nil
+}
+
+// tightened returns the host's policy with what one request demands on top.
+func (s *Service) tightened(d api.Demands) (verify.Policy, error) {
+	if d.MinGrade == "" {
+		return s.cfg.Policy.Tightened("", d.DirectOnly), nil
+	}
+	g, err := signer.ParseGrade(d.MinGrade)
+	if err != nil {
+		return verify.Policy{}, fault.BadField("min_grade", "%s", fault.From(err).Text)
+	}
+	return s.cfg.Policy.Tightened(g, d.DirectOnly), nil
 }
 
 // The forms of a packet's signing bytes.
@@ -165,7 +184,10 @@ func (s *Service) details(t *packet.Task, st *registry.State, now time.Time) *ap
 	size, root := st.Head()
 	d := &api.Details{
 		SignedAt: t.IssuedAt.Instant.Format(time.RFC3339Nano), PayloadHash: digestText(sum), ViewSize: size, ViewHead: digestText(root),
-		Mode: modeDirect,
+		Mode: string(signature.Direct),
+	}
+	if strings.HasPrefix(t.SignatureText, signature.BatchPrefix) {
+		d.Mode = string(signature.Batched)
 	}
 	if a, ok := st.ByAlias(t.FromAgent); ok {
 		signerDetails(d, a, a.Current())

@@ -35,8 +35,8 @@ type Config struct {
 	SyncInterval time.Duration
 	// Required makes Record return only once the leaf is on the disk.
 	Required bool
-	// Block is how many numbers are reserved at once: one sync for so many signatures, and at most so many numbers
-	// skipped by a crash. Default: 1024.
+	// Block is how many numbers are reserved at once, up to 16 times as many for a key that signs many at a time: one sync
+	// for so many signatures, and at most so many numbers skipped by a crash. Default: 1024.
 	Block uint64
 	// SegmentSize is when a new segment is begun. It bounds what Open has to read. Default: 16 MiB.
 	SegmentSize int64
@@ -160,13 +160,22 @@ func (s *Store) Reserve(key ident.KeyID) (uint64, error) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return s.reserveLocked(l)
+	return s.reserveLocked(l, 1)
 }
 
-// reserveLocked gives out the line's next number, beginning a block where the last one is used up.
-func (s *Store) reserveLocked(l *line) (uint64, error) {
+// ahead is how many calls as large as the one that needs a new block the block has numbers for, so that a key that
+// signs thousands of messages at a time does not wait for the disk each time.
+const ahead = 8
+
+// reserveLocked gives out the line's next number, beginning a block where the last one is used up. n is how many the
+// caller needs.
+func (s *Store) reserveLocked(l *line, n int) (uint64, error) {
 	if l.next == l.cur.to {
-		b := block{from: l.cur.to, to: l.cur.to + s.cfg.Block}
+		size := max(s.cfg.Block, uint64(n))
+		if n > 1 {
+			size = max(size, min(uint64(n)*ahead, 16*s.cfg.Block))
+		}
+		b := block{from: l.cur.to, to: l.cur.to + size}
 		if err := s.log.Append(context.Background(), reserveRecord(l.number, b)); err != nil {
 			return 0, err
 		}
@@ -177,14 +186,17 @@ func (s *Store) reserveLocked(l *line) (uint64, error) {
 	return seq, nil
 }
 
+// MaxEnter bounds the digests of one call to Enter.
+const MaxEnter = 1024
+
 // Enter is Reserve and Record in one step, for messages that do not hold their number: the numbers cannot lapse in
-// between, however many others sign with the key. It takes at most Config.Block digests, all or none.
+// between, however many others sign with the key. It takes at most MaxEnter digests, all or none.
 func (s *Store) Enter(key ident.KeyID, digests [][sha256.Size]byte) ([]uint64, error) {
 	if len(digests) == 0 {
 		return nil, nil
 	}
-	if uint64(len(digests)) > s.cfg.Block {
-		return nil, fault.New(fault.TooLarge, "at most %d messages at once", s.cfg.Block)
+	if len(digests) > MaxEnter {
+		return nil, fault.New(fault.TooLarge, "at most %d messages at once", MaxEnter)
 	}
 	seqs, full, err := s.enter(key, digests)
 	if err == nil && full {
@@ -219,7 +231,7 @@ func (s *Store) enterLine(l *line, digests [][sha256.Size]byte) ([]uint64, error
 	defer l.mu.Unlock()
 	seqs, leaves := make([]uint64, len(digests)), make([]Leaf, len(digests))
 	for i, d := range digests {
-		seq, err := s.reserveLocked(l)
+		seq, err := s.reserveLocked(l, len(digests))
 		if err != nil {
 			return nil, err
 		}
@@ -242,7 +254,8 @@ type Leaf struct {
 
 // hash returns the leaf's hash in the Merkle tree.
 func (l Leaf) hash() merkle.Hash {
-	b := append(make([]byte, 0, 41), leafSignature)
+	var room [41]byte
+	b := append(room[:0], leafSignature)
 	b = binary.BigEndian.AppendUint64(b, l.Seq)
 	return merkle.LeafHash(append(b, l.Digest[:]...))
 }

@@ -29,7 +29,6 @@ import (
 	"github.com/trustd/trustd/internal/durable/durabletest"
 	"github.com/trustd/trustd/internal/merkle"
 	"github.com/trustd/trustd/signature"
-	"github.com/trustd/trustd/signer"
 	"github.com/trustd/trustd/signer/history"
 )
 
@@ -665,11 +664,14 @@ func TestSigner(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.SignAs(ctx, seq, []byte("two")); err != nil {
+	if err := s.Note(seq, []byte("two")); err != nil {
 		t.Error(err)
 	}
-	if _, err := s.SignAs(ctx, seq, []byte("three")); err == nil {
-		t.Error("one number, two messages")
+	if out := s.SignEach(ctx, [][]byte{[]byte("two")}, []uint64{seq}); out[0].Err != nil {
+		t.Error(out[0].Err)
+	}
+	if err := s.Note(seq, []byte("three")); !errors.Is(err, history.ErrLapsed) {
+		t.Errorf("one number, two messages: %v", err)
 	}
 	want := []merkle.Hash{leaf(1, sha256.Sum256([]byte("one"))), leaf(2, sha256.Sum256([]byte("two")))}
 	var msgs [][]byte
@@ -677,19 +679,44 @@ func TestSigner(t *testing.T) {
 		msgs = append(msgs, []byte{byte(n)})
 		want = append(want, leaf(n+3, sha256.Sum256(msgs[n])))
 	}
-	for i, r := range signer.SignAll(ctx, s, msgs) {
+	numbers := make([]uint64, len(msgs))
+	for i, r := range s.SignEach(ctx, msgs, numbers) {
+		if numbers[i] != uint64(i)+3 {
+			t.Errorf("message %d has the number %d", i, numbers[i])
+		}
 		if r.Err != nil || signature.Verify(f.pub, msgs[i], r.Signature) != nil {
 			t.Errorf("message %d: %v", i, r.Err)
 		}
 	}
 	wantHead(t, store, f.pub.ID(), 11, want...)
 
+	// One signature for three messages, of which one stands in the history already.
+	seq, err = s.Reserve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Note(seq, []byte("b")); err != nil {
+		t.Error(err)
+	}
+	digests := [][sha256.Size]byte{sha256.Sum256([]byte("a")), {}, sha256.Sum256([]byte("c"))}
+	numbers = []uint64{0, seq, 0}
+	f.calls = 0
+	sig, err = s.SignOver(ctx, digests, numbers, []byte("statement"))
+	if err != nil || signature.Verify(f.pub, []byte("statement"), sig) != nil || f.calls != 1 {
+		t.Errorf("%d calls, %v", f.calls, err)
+	}
+	if !slices.Equal(numbers, []uint64{13, 12, 14}) {
+		t.Errorf("numbers %v", numbers)
+	}
+	want = append(want, leaf(12, sha256.Sum256([]byte("b"))), leaf(13, digests[0]), leaf(14, digests[2]))
+	wantHead(t, store, f.pub.ID(), 14, want...)
+
 	f.err = fault.New(fault.DeviceLost, "")
 	if _, err := s.Sign(ctx, []byte("x")); !errors.Is(err, fault.DeviceLost) {
 		t.Errorf("got %v", err)
 	}
-	if seqs, r := s.SignNumbered(ctx, nil); len(r) != 0 || len(seqs) != 0 {
-		t.Errorf("results %v under %v", r, seqs)
+	if r := s.SignEach(ctx, nil, nil); len(r) != 0 {
+		t.Errorf("results %v", r)
 	}
 }
 
@@ -724,8 +751,8 @@ func TestNumbersDoNotLapse(t *testing.T) {
 	if _, size, _ := store.Head(key); size != uint64(callers*rounds*each) {
 		t.Errorf("%d leaves after %d signatures", size, callers*rounds*each)
 	}
-	if _, err := store.Enter(key, make([][sha256.Size]byte, each+1)); !errors.Is(err, fault.TooLarge) {
-		t.Errorf("more than a block: %v", err)
+	if _, err := store.Enter(key, make([][sha256.Size]byte, history.MaxEnter+1)); !errors.Is(err, fault.TooLarge) {
+		t.Errorf("more than it takes: %v", err)
 	}
 }
 
@@ -740,10 +767,13 @@ func TestNothingIsSignedUnrecorded(t *testing.T) {
 	if _, err := s.Sign(context.Background(), []byte("x")); !errors.Is(err, fault.Unavailable) {
 		t.Errorf("got %v", err)
 	}
-	for _, r := range s.SignBatch(context.Background(), [][]byte{{1}, {2}, {3}, {4}, {5}}) {
+	for _, r := range s.SignEach(context.Background(), [][]byte{{1}, {2}, {3}, {4}, {5}}, make([]uint64, 5)) {
 		if !errors.Is(r.Err, fault.Unavailable) {
 			t.Errorf("got %v", r.Err)
 		}
+	}
+	if _, err := s.SignOver(context.Background(), make([][sha256.Size]byte, 3), make([]uint64, 3), []byte("x")); !errors.Is(err, fault.Unavailable) {
+		t.Errorf("got %v", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()

@@ -1,6 +1,7 @@
 package servertest
 
 import (
+	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
@@ -76,6 +77,7 @@ func (a *agent) detail() api.AgentDetail {
 	d := api.AgentDetail{Identity: a.identity(), Local: a.private != nil, Bindings: slices.Clone(a.bindings)}
 	if d.Local {
 		d.Backend, d.KeyURI, d.KeyState = backendName, a.uri(), "ready"
+		d.Batching = cmp.Or(a.batching, api.BatchingOnRequest)
 	}
 	return d
 }
@@ -245,10 +247,51 @@ func (m *Memory) ListKeys(context.Context) ([]api.Key, error) {
 	return out, nil
 }
 
+// SetAgent keeps the setting.
+func (m *Memory) SetAgent(_ context.Context, name string, r api.SetAgentRequest) (api.AgentDetail, error) {
+	if !slices.Contains([]string{"", api.BatchingOnRequest, api.BatchingAlways, api.BatchingNever}, r.Batching) {
+		return api.AgentDetail{}, fault.BadField("batching", "on-request, always or never")
+	}
+	return m.change(name, func(a *agent) {
+		if r.Batching != "" {
+			a.batching = r.Batching
+		}
+	})
+}
+
+// RecheckKey finds the key where it is.
+func (m *Memory) RecheckKey(_ context.Context, name string) (api.AgentDetail, error) {
+	d, err := m.change(name, func(*agent) {})
+	if err == nil && !d.Local {
+		err = fault.New(fault.NoPrivateKey, "")
+	}
+	return d, err
+}
+
+// ShowBackend shows the one backend.
+func (m *Memory) ShowBackend(ctx context.Context, name string) (api.Backend, error) {
+	if name != backendName {
+		return api.Backend{}, fault.New(fault.NotFound, "there is no such backend")
+	}
+	all, err := m.Backends(ctx)
+	return all[0], err
+}
+
+// UnlockBackend finds nothing locked.
+func (m *Memory) UnlockBackend(ctx context.Context, name string) (api.Backend, error) {
+	return m.ShowBackend(ctx, name)
+}
+
+// ResetCanary finds the canary key in its place.
+func (m *Memory) ResetCanary(ctx context.Context, name string) (api.Backend, error) {
+	return m.ShowBackend(ctx, name)
+}
+
 // Backends lists the one backend.
 func (m *Memory) Backends(context.Context) ([]api.Backend, error) {
 	return []api.Backend{{
 		Name: backendName, Kind: "soft", Device: "memory", Default: true, State: "ready", Grade: "software",
-		Algorithms: []string{ident.Ed25519.String()},
+		Algorithms: []string{ident.Ed25519.String()}, Failures: map[string]int64{"token_lost": 1},
+		Signatures: &api.SignatureCounts{Direct: 2}, Canary: &api.Canary{KeyID: "00", Signed: 1},
 	}}, nil
 }

@@ -48,6 +48,7 @@ type agent struct {
 	metadata map[string]string
 	bindings []api.Binding
 	level    string
+	batching string
 	status   string
 	at       time.Time
 	expires  *time.Time
@@ -140,7 +141,7 @@ func (m *Memory) SignPacket(ctx context.Context, r api.SignPacketRequest) (api.S
 		return api.SignPacketReply{}, err
 	}
 	sig, how := m.signLocked(a, u.SigningBytes())
-	return api.SignPacketReply{Packet: u.Seal(sig), Signed: how}, nil
+	return api.SignPacketReply{Packet: u.Seal(signature.NewDirect(sig)), Signed: how}, nil
 }
 
 // SignPackets signs many packets.
@@ -265,7 +266,7 @@ func (m *Memory) SignMessage(_ context.Context, r api.SignMessageRequest) (api.S
 		return api.SignMessageReply{}, err
 	}
 	sig, how := m.signLocked(a, u.SigningBytes())
-	msg, err := u.Seal(sig, a.public)
+	msg, err := u.Seal(signature.NewDirect(sig), a.public)
 	if err != nil {
 		return api.SignMessageReply{}, err
 	}
@@ -307,7 +308,7 @@ func (m *Memory) verdictLocked(msg *packet.Message, r api.VerifyMessageRequest) 
 	default:
 		return v, fault.BadField("mode", "registry, key or embedded")
 	}
-	if err := msg.VerifySignature(key); err != nil {
+	if err := msg.VerifySignature(key, nil); err != nil {
 		v.Reason = fault.CodeOf(err)
 		return v, nil
 	}
