@@ -9,11 +9,14 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 BIN     := bin
 FUZZTIME ?= 10s
+AGENTS ?= 1000
+HSM_AGENTS ?= 1000
+SOAKTIME ?= 10m
 
 export TRUSTD_BIN = $(CURDIR)/$(BIN)
 export TRUSTD_PEER_VENV = $(CURDIR)/.cache/peer
 
-.PHONY: help setup setup-peer build demo run test test-long bench fuzz lint vuln generate release clean
+.PHONY: help setup setup-peer build demo run test test-long soak bench fuzz lint vuln generate release clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -43,11 +46,15 @@ test-long: setup-peer build ## bursts, kill -9 under load, fuzzing; without the 
 	TRUSTD_REQUIRE_HSM=1 TRUSTD_LONG=1 go test -count=1 -timeout 25m -run 'Long' ./...
 	@$(MAKE) --no-print-directory fuzz
 
+soak: setup build ## devices fail at random under load, for SOAKTIME (10m); nothing may be lost, wrong, or grow
+	CGO_ENABLED=1 go build -o $(BIN)/faulty ./plugins/faulty
+	@go run ./softhsm-test/soak -bin $(BIN) -time $(SOAKTIME)
+
 fuzz: ## fuzz every parser for FUZZTIME each
 	@scripts/fuzz.sh $(FUZZTIME)
 
-bench: setup build ## print ratios measured in one run, and write bench.json; ROWS=prefix runs a part
-	@go run ./softhsm-test/bench -bin $(BIN) -rows '$(ROWS)' -out bench.json
+bench: setup build ## print ratios measured in one run, and write bench.json; ROWS=prefix runs a part, AGENTS=n registers more
+	@go run ./softhsm-test/bench -bin $(BIN) -rows '$(ROWS)' -agents $(AGENTS) -hsm-agents $(HSM_AGENTS) -out bench.json
 
 lint: ## vet, gofmt, staticcheck
 	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }

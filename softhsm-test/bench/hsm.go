@@ -23,7 +23,8 @@ import (
 	"github.com/trustd/trustd/softhsm-test/lab"
 )
 
-const batch = 64
+// perCall is how many requests a batch over the socket holds.
+const perCall = 64
 
 // An hsmBench is a token that four parties use at once: raw calls, the Signer in this process, the Signer across a
 // plugin, and the daemon.
@@ -200,7 +201,7 @@ func (h *hsmBench) throughput(s *subject, alg ident.Algorithm, at func(string) s
 		}
 		return nil
 	}
-	reqs := make([]api.SignPacketRequest, batch)
+	reqs := make([]api.SignPacketRequest, perCall)
 	for i := range reqs {
 		reqs[i] = api.SignPacketRequest{Agent: s.id, Packet: s.draft}
 	}
@@ -210,12 +211,12 @@ func (h *hsmBench) throughput(s *subject, alg ident.Algorithm, at func(string) s
 	}
 	defer stream.Close()
 	c := newContest()
-	c.enter("loop1", func() error { return loop(s.raws[0], batch) })
+	c.enter("loop1", func() error { return loop(s.raws[0], perCall) })
 	c.enter("loop2", func() error {
 		var wg sync.WaitGroup
 		errs := make([]error, 2)
 		for i := range errs {
-			wg.Go(func() { errs[i] = loop(s.raws[i], batch/2) })
+			wg.Go(func() { errs[i] = loop(s.raws[i], perCall/2) })
 		}
 		wg.Wait()
 		if errs[0] != nil {
@@ -256,13 +257,13 @@ func (h *hsmBench) throughput(s *subject, alg ident.Algorithm, at func(string) s
 	if err := c.run(12, 3); err != nil {
 		return err
 	}
-	best := max(c.rate("loop1", batch), c.rate("loop2", batch))
+	best := max(c.rate("loop1", perCall), c.rate("loop2", perCall))
 	need := map[ident.Algorithm]float64{ident.Ed25519: 0.80, ident.ECDSAP256: 0.65}[alg]
-	got := c.rate("batch", batch)
+	got := c.rate("batch", perCall)
 	b := h.bench
 	b.add(at("hsm/raw-sign-verify-loop")+"/rate", best, "1/s", "itself", best, "", nil)
 	b.add(at("socket/sign")+"/batch64/rate", got, "1/s", "loop of C_Sign + verify", best, fmt.Sprintf(">= %.0f %% of the loop", need*100), met(got >= need*best))
-	b.add(at("socket/sign")+"/stream/rate", c.rate("stream", batch), "1/s", "loop of C_Sign + verify", best, "", nil)
+	b.add(at("socket/sign")+"/stream/rate", c.rate("stream", perCall), "1/s", "loop of C_Sign + verify", best, "", nil)
 	return nil
 }
 
@@ -283,11 +284,11 @@ func (h *hsmBench) verify() error {
 	// Each packet can be accepted once, so they are made beforehand.
 	const rounds, singles, batches = 10, 30, 2
 	var packets []json.RawMessage
-	reqs := make([]api.SignPacketRequest, batch)
+	reqs := make([]api.SignPacketRequest, perCall)
 	for i := range reqs {
 		reqs[i] = api.SignPacketRequest{Agent: s.id, Packet: s.draft}
 	}
-	for len(packets) < (rounds+1)*(singles+batches*batch) {
+	for len(packets) < (rounds+1)*(singles+batches*perCall) {
 		for _, r := range h.agent.SignPackets(h.ctx, reqs) {
 			if r.Error != nil {
 				return r.Error.Err()
@@ -319,13 +320,13 @@ func (h *hsmBench) verify() error {
 	}
 	many := newContest()
 	many.enter("raw", func() error {
-		for range batch {
+		for range perCall {
 			ed25519.Verify(key, s.msg, sig)
 		}
 		return nil
 	})
 	many.enter("socket", func() error {
-		rs := make([]api.VerifyPacketRequest, batch)
+		rs := make([]api.VerifyPacketRequest, perCall)
 		for i := range rs {
 			rs[i].Packet = next()
 		}
@@ -340,7 +341,7 @@ func (h *hsmBench) verify() error {
 		return err
 	}
 	h.bench.add("socket/verify/ed25519/single/p50", one.p50("socket"), "us", "ed25519.Verify", one.p50("raw"), "", nil)
-	h.bench.add("socket/verify/ed25519/batch64/rate", many.rate("socket", batch), "1/s", "ed25519.Verify", many.rate("raw", batch), "", nil)
+	h.bench.add("socket/verify/ed25519/batch64/rate", many.rate("socket", perCall), "1/s", "ed25519.Verify", many.rate("raw", perCall), "", nil)
 	return nil
 }
 

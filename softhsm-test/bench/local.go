@@ -11,6 +11,7 @@ import (
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/packet"
 	"github.com/trustd/trustd/registry"
+	"github.com/trustd/trustd/signature"
 	"github.com/trustd/trustd/verify"
 	"github.com/trustd/trustd/view"
 )
@@ -58,7 +59,7 @@ func (b *bench) inProcess() error {
 		return err
 	}
 	sig := ed25519.Sign(priv, u.SigningBytes())
-	wire, msg := u.Seal(sig), u.SigningBytes()
+	wire, msg := u.Seal(signature.NewDirect(sig)), u.SigningBytes()
 	v := &view.View{Registry: st}
 	c := newContest()
 	c.enter("raw", func() error {

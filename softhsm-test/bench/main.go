@@ -31,14 +31,24 @@ type row struct {
 	Ratio    float64 `json:"ratio"`
 	Target   string  `json:"target"`
 	Met      *bool   `json:"met"`
+	Note     string  `json:"note,omitempty"` // under what conditions, where that is not plain from the name
 }
 
 type bench struct {
-	ctx  context.Context
-	bin  string
-	rows []row
+	ctx    context.Context
+	bin    string
+	prefix string // of the rows that are asked for
+	rows   []row
 
-	agents int // at most
+	agents    int // at most
+	hsmAgents int // of these, on SoftHSM
+}
+
+// wants reports whether any row with one of these prefixes is asked for.
+func (b *bench) wants(prefixes ...string) bool {
+	return slices.ContainsFunc(prefixes, func(p string) bool {
+		return strings.HasPrefix(p, b.prefix) || strings.HasPrefix(b.prefix, p)
+	})
 }
 
 // add notes a figure. met is nil where there is no target.
@@ -49,6 +59,13 @@ func (b *bench) add(name string, value float64, unit, baseline string, base floa
 	}
 	b.rows = append(b.rows, r)
 	fmt.Fprintf(os.Stderr, "  %-52s %10.1f %s\n", name, value, unit)
+}
+
+// note says under what conditions the figures since the given row were taken.
+func (b *bench) note(since int, text string) {
+	for i := range b.rows[since:] {
+		b.rows[since+i].Note = text
+	}
 }
 
 func met(ok bool) *bool { return &ok }
@@ -62,18 +79,35 @@ type section struct {
 var sections = []section{
 	{[]string{"size/"}, (*bench).size},
 	{[]string{"inprocess/"}, (*bench).inProcess},
+	{[]string{"verify/", "batch/proof-size/"}, (*bench).proofs},
+	{[]string{"batch/inprocess/", "batch/one-caller/"}, (*bench).batching},
+	{[]string{"throttled/inprocess/"}, (*bench).throttled},
+	{[]string{"batch/socket/"}, (*bench).batchSocket},
+	{[]string{"throttled/socket/", "fairness/"}, (*bench).slow},
+	{[]string{"isolation/"}, (*bench).isolation},
 	{[]string{"tpm/"}, (*bench).tpm},
 	{[]string{"hsm/", "socket/", "memory/"}, (*bench).hsm},
+	{[]string{"flat/tpm/"}, func(b *bench) error { return b.flatness("tpm") }},
+	{[]string{"flat/hsm/"}, func(b *bench) error { return b.flatness("hsm") }},
 }
 
 func main() {
+	if len(os.Args) > 1 {
+		switch os.Args[1] { // processes of this one
+		case floodCommand:
+			os.Exit(flood(os.Args[2:]))
+		case crowdCommand:
+			os.Exit(crowd(os.Args[2:]))
+		}
+	}
 	bin := flag.String("bin", "bin", "folder that holds trustd and trustd-pkcs11")
 	agents := flag.Int("agents", 1000, "the most agents to register; fewer is quicker")
+	hsm := flag.Int("hsm-agents", 1000, "the most of them on SoftHSM, which looks at all of its objects for each new one")
 	rows := flag.String("rows", "", "measure only what has rows with this prefix")
 	out := flag.String("out", "", "write the rows as JSON to this file")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(&bench{ctx: ctx, bin: *bin, agents: *agents}, *rows, *out)
+	err := run(&bench{ctx: ctx, bin: *bin, agents: *agents, hsmAgents: *hsm, prefix: *rows}, *out)
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -81,9 +115,9 @@ func main() {
 	}
 }
 
-func run(b *bench, prefix, out string) error {
+func run(b *bench, out string) error {
 	for _, s := range sections {
-		if !slices.ContainsFunc(s.prefixes, func(p string) bool { return strings.HasPrefix(p, prefix) || strings.HasPrefix(prefix, p) }) {
+		if !b.wants(s.prefixes...) {
 			continue
 		}
 		fmt.Fprintf(os.Stderr, "measuring %s ...\n", strings.Join(s.prefixes, " "))
@@ -91,7 +125,7 @@ func run(b *bench, prefix, out string) error {
 			return err
 		}
 	}
-	b.rows = slices.DeleteFunc(b.rows, func(r row) bool { return !strings.HasPrefix(r.Name, prefix) })
+	b.rows = slices.DeleteFunc(b.rows, func(r row) bool { return !strings.HasPrefix(r.Name, b.prefix) })
 	b.print()
 	if out == "" {
 		return nil
@@ -106,6 +140,7 @@ func run(b *bench, prefix, out string) error {
 func (b *bench) print() {
 	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "\nROW\tVALUE\tUNIT\tBASELINE\t\tRATIO\tTARGET\tMET")
+	var notes []string
 	for _, r := range b.rows {
 		verdict := "-"
 		if r.Met != nil {
@@ -115,9 +150,20 @@ func (b *bench) print() {
 		if target == "" {
 			target = "-"
 		}
-		fmt.Fprintf(w, "%s\t%.1f\t%s\t%s\t%.1f\t%.2f\t%s\t%s\n", r.Name, r.Value, r.Unit, r.Baseline, r.Base, r.Ratio, target, verdict)
+		mark := ""
+		if r.Note != "" {
+			if !slices.Contains(notes, r.Note) {
+				notes = append(notes, r.Note)
+			}
+			mark = fmt.Sprintf(" [%d]", slices.Index(notes, r.Note)+1)
+		}
+		fmt.Fprintf(w, "%s\t%.1f\t%s\t%s\t%.1f\t%.2f\t%s\t%s%s\n",
+			r.Name, r.Value, r.Unit, r.Baseline, r.Base, r.Ratio, target, verdict, mark)
 	}
 	w.Flush()
+	for i, n := range notes {
+		fmt.Printf("[%d] %s\n", i+1, n)
+	}
 }
 
 // size reports the daemon's binary, which must be static.
@@ -137,7 +183,13 @@ func (b *bench) size() error {
 
 // lab boots a set-up without limits on callers.
 func (b *bench) lab(o lab.Options) (*lab.Lab, error) {
-	o.Bin, o.Extra = b.bin, "[limits]\nrate = 0\nconcurrent = 0\n"
+	o.Extra = "[limits]\nrate = 0\nconcurrent = 0\n" + o.Extra
+	return b.boot(o)
+}
+
+// boot boots a set-up and starts its daemon.
+func (b *bench) boot(o lab.Options) (*lab.Lab, error) {
+	o.Bin = b.bin
 	l, err := lab.New(b.ctx, o)
 	if err != nil {
 		return nil, err

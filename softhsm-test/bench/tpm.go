@@ -47,7 +47,7 @@ func (b *bench) tpm() error {
 	request := api.SignPacketRequest{Agent: "chip", Packet: draft}
 	one := func() error { _, err := agent.SignPacket(b.ctx, request); return err }
 	const callers, each = 4, 16
-	reqs := make([]api.SignPacketRequest, batch)
+	reqs := make([]api.SignPacketRequest, perCall)
 	for i := range reqs {
 		reqs[i] = request
 	}

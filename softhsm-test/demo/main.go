@@ -1,6 +1,6 @@
 // Command demo shows the main job on one machine: an agent's key in an HSM and another's in a TPM, packets signed over
-// the Unix socket by two Unix users, verified on the other side, and every refusal with its reason. It exits 0 only
-// if every line is as it should be, and leaves nothing behind. With -run it leaves a daemon in the foreground instead.
+// the Unix socket by two Unix users, verified on the other side, and every refusal with its reason; one signature over
+// many packets; and devices that go away and come back. It exits 0 only if every line is as it should be, and leaves nothing behind. With -run it leaves a daemon in the foreground instead.
 package main
 
 import (
@@ -120,6 +120,9 @@ func (d *demo) show() {
 	mallory := d.add("mallory", "hsm", "ed25519", 64103)
 	if d.ok {
 		d.packets(planner, researcher, mallory)
+		d.batches(planner)
+		d.faults(planner, researcher)
+		d.doctor()
 	}
 	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "\nSTEP\tBY\tRESULT\t\tREASON OR DETAIL")
@@ -176,6 +179,10 @@ func (d *demo) packets(planner, researcher, mallory agent) {
 	reply := d.As(d.ctx, researcherUID, task(planner.Alias, ""), "sign")
 	d.row("sign a reply", "researcher", "signed", signedOr(reply), lastLine(reply.Stderr))
 	d.verify("verify the reply", "ACCEPT", "", []byte(reply.Stdout), plannerUID, "planner")
+}
+
+// doctor shows that all is well at the end.
+func (d *demo) doctor() {
 	doctor := d.Root(d.ctx, nil, "doctor")
 	d.row("doctor", "root", "4", fmt.Sprint(doctor.Code), "exit code 4: healthy, with the warning that there is one operator alone")
 }

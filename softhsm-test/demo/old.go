@@ -9,6 +9,7 @@ import (
 
 	"github.com/trustd/trustd/ident"
 	"github.com/trustd/trustd/packet"
+	"github.com/trustd/trustd/signature"
 )
 
 // oldPacket returns a packet that was right an hour ago. Its sender is an agent of another host, whose key is made
@@ -51,5 +52,5 @@ func oldPacket(d *demo, to agent) string {
 		d.row("make an old packet", "peer", "made", err.Error(), "")
 		return ""
 	}
-	return string(u.Seal(ed25519.Sign(priv, u.SigningBytes())))
+	return string(u.Seal(signature.NewDirect(ed25519.Sign(priv, u.SigningBytes()))))
 }

@@ -6,8 +6,6 @@ package lab
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +18,7 @@ import (
 	"time"
 
 	softhsmtest "github.com/trustd/trustd/softhsm-test"
+	"github.com/trustd/trustd/softhsm-test/tpmproxy"
 )
 
 // A Lab is one private set-up. Its methods are not safe for concurrent use, but the commands it runs may overlap.
@@ -29,7 +28,11 @@ type Lab struct {
 	AgentSocket string
 	AdminSocket string
 	Module      string // of SoftHSM; the token's label is "lab"
+	// Proxy stands before the TPM, where Options.Proxy asks for it: what fails is a script of its own, and tpm2-tools
+	// reach the TPM beside the daemon.
+	Proxy *tpmproxy.Proxy
 
+	pin    string // of all tokens
 	tpm    *softhsmtest.Process
 	daemon *Process
 	log    *os.File
@@ -37,10 +40,14 @@ type Lab struct {
 
 // Options choose what a lab has.
 type Options struct {
-	Bin    string // folder that holds trustd and trustd-pkcs11
-	NoTPM  bool
-	Extra  string    // more configuration, TOML
-	Stderr io.Writer // where the daemon's log goes besides the lab's own file; nil for nowhere
+	Bin      string // folder that holds trustd and trustd-pkcs11
+	Plugin   string // path of the plugin that Faulty needs, plugins/faulty built with cgo
+	NoTPM    bool
+	Proxy    bool          // a tpmproxy before the TPM
+	Faulty   []Faulty      // more backends, each of which fails by a script
+	Deadline time.Duration // of one operation of the HSM and of the TPM; 0: the daemon's own bounds
+	Extra    string        // more configuration, TOML
+	Stderr   io.Writer     // where the daemon's log goes besides the lab's own file; nil for nowhere
 }
 
 // New makes the folder, token, TPM and configuration and writes the genesis record. Close takes all away again.
@@ -59,8 +66,14 @@ func New(ctx context.Context, o Options) (_ *Lab, err error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("opening the lab's folder: %w", err)
 	}
-	for _, b := range []string{"trustd", "trustd-pkcs11"} {
-		if err := copyFile(filepath.Join(o.Bin, b), filepath.Join(dir, b)); err != nil {
+	binaries := map[string]string{
+		"trustd": filepath.Join(o.Bin, "trustd"), "trustd-pkcs11": filepath.Join(o.Bin, "trustd-pkcs11"),
+	}
+	if len(o.Faulty) > 0 {
+		binaries["faulty"] = o.Plugin
+	}
+	for b, from := range binaries {
+		if err := CopyFile(from, filepath.Join(dir, b)); err != nil {
 			return nil, fmt.Errorf("copying %s: %w", b, err)
 		}
 	}
@@ -69,8 +82,15 @@ func New(ctx context.Context, o Options) (_ *Lab, err error) {
 		return nil, err
 	}
 	l.Module = module
-	if err := l.makeToken(ctx); err != nil {
+	if err := l.makePIN(o.Faulty); err != nil {
 		return nil, err
+	}
+	if err := l.makeToken(ctx, HSM); err != nil {
+		return nil, err
+	}
+	deadline := ""
+	if o.Deadline > 0 {
+		deadline = fmt.Sprintf("deadline = %q\n", o.Deadline)
 	}
 	tpm := ""
 	if !o.NoTPM {
@@ -81,7 +101,21 @@ func New(ctx context.Context, o Options) (_ *Lab, err error) {
 		if l.tpm, err = softhsmtest.StartTPM(state); err != nil {
 			return nil, fmt.Errorf("starting swtpm: %w", err)
 		}
-		tpm = fmt.Sprintf("\n[[backend]]\nname = \"tpm\"\nkind = \"tpm\"\ndevice = \"swtpm:path=%s\"\n", l.tpm.Path())
+		path := l.tpm.Path()
+		if o.Proxy {
+			path = filepath.Join(dir, "proxy.sock")
+			if l.Proxy, err = tpmproxy.Listen(path, l.tpm.Path()); err != nil {
+				return nil, err
+			}
+			if err := os.Symlink(l.tpm.ControlPath(), path+".ctrl"); err != nil { // tpm2-tools look for it
+				return nil, err
+			}
+		}
+		tpm = fmt.Sprintf("\n[[backend]]\nname = \"tpm\"\nkind = \"tpm\"\ndevice = \"swtpm:path=%s\"\n%s", path, deadline)
+	}
+	faulty, err := l.faulty(ctx, o.Faulty)
+	if err != nil {
+		return nil, err
 	}
 	conf := fmt.Sprintf(`state_dir = %q
 run_dir = %q
@@ -94,9 +128,10 @@ module = %q
 token = "lab"
 pin = { file = %q }
 env = { SOFTHSM2_CONF = %q }
+%s%s
 %s
-%s`, filepath.Join(dir, "state"), filepath.Join(dir, "run"), module, filepath.Join(dir, "pin"), filepath.Join(dir, "softhsm2.conf"),
-		tpm, o.Extra)
+%s`, filepath.Join(dir, "state"), filepath.Join(dir, "run"), module, l.PINFile(HSM), l.softhsmConf(HSM), deadline,
+		tpm, faulty, o.Extra)
 	if err := os.WriteFile(l.Config, []byte(conf), 0o644); err != nil {
 		return nil, fmt.Errorf("writing the configuration: %w", err)
 	}
@@ -118,31 +153,6 @@ func softhsmModule() (string, error) {
 		}
 	}
 	return "", errors.New("SoftHSM is not installed: install the package softhsm2")
-}
-
-// makeToken makes a token with a random PIN, which stands in a file that only root reads.
-func (l *Lab) makeToken(ctx context.Context) error {
-	tokens := filepath.Join(l.Dir, "tokens")
-	if err := os.Mkdir(tokens, 0o700); err != nil {
-		return err
-	}
-	conf := filepath.Join(l.Dir, "softhsm2.conf")
-	text := fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", tokens)
-	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
-		return err
-	}
-	raw := make([]byte, 8)
-	_, _ = rand.Read(raw)
-	pin := hex.EncodeToString(raw)
-	if err := os.WriteFile(filepath.Join(l.Dir, "pin"), []byte(pin+"\n"), 0o600); err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, "softhsm2-util", "--init-token", "--free", "--label", "lab", "--pin", pin, "--so-pin", pin+"so")
-	cmd.Env = append(os.Environ(), "SOFTHSM2_CONF="+conf)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("making a SoftHSM token: %w: %s", err, bytes.TrimSpace(out))
-	}
-	return nil
 }
 
 // A Process is a running daemon.
@@ -270,6 +280,9 @@ func (l *Lab) Log() string {
 // Close stops everything and removes the folder.
 func (l *Lab) Close() error {
 	err := l.Stop()
+	if l.Proxy != nil {
+		l.Proxy.Close()
+	}
 	if l.tpm != nil {
 		l.tpm.Stop()
 	}
@@ -313,7 +326,8 @@ func (l *Lab) command(ctx context.Context, cred *syscall.Credential, in []byte, 
 	return r
 }
 
-func copyFile(from, to string) error {
+// CopyFile copies a program to a place where every user may run it.
+func CopyFile(from, to string) error {
 	src, err := os.Open(from)
 	if err != nil {
 		return err
