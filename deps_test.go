@@ -14,7 +14,7 @@ const module = "github.com/trustd/trustd/"
 // layers lists our packages from the top of the house to the bottom: a package may import packages of lower layers,
 // and the folders below its own.
 var layers = [][]string{
-	{"cmd/trustd", "softhsm-test/demo", "softhsm-test/bench", "softhsm-test/e2e", "packaging"},
+	{"cmd/trustd", "softhsm-test/demo", "softhsm-test/bench", "softhsm-test/e2e", "softhsm-test/soak", "packaging"},
 	{"internal/daemon", "softhsm-test/lab"},
 	{"internal/service"},
 	{"plugins/pkcs11", "plugins/faulty", "internal/config", "softhsm-test"},
