@@ -1,6 +1,7 @@
 package plugins
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -160,10 +161,14 @@ func (h *Host) readPIN(ctx context.Context) ([]byte, error) {
 		return pin, nil
 	}
 	var e *fault.Error
-	if errors.As(err, &e) {
+	switch {
+	case errors.As(err, &e) && e.Code == fault.InsecureSecret:
 		return nil, e
+	case errors.As(err, &e):
+		return nil, &fault.Error{Code: fault.Unavailable, Text: errPIN.Error() + ": " + cmp.Or(e.Text, e.Code.Title()),
+			Hint: "Correct the PIN source in the backend's configuration; it is read again by itself.", Err: errors.Join(errPIN, err)}
 	}
-	return nil, fault.Wrap(fault.AuthorisationRefused, errors.Join(errPIN, err), "the PIN cannot be read")
+	return nil, fault.Wrap(fault.AuthorisationRefused, errors.Join(errPIN, err), "%s", errPIN)
 }
 
 // look returns what changes when a file does.
@@ -350,6 +355,9 @@ func diagnose(err error) (signer.State, string, string) {
 		return signer.Stopped, other.Error(), "install the plugin and trustd of one release, or build the plugin anew"
 	}
 	for _, d := range diagnoses {
+		if e := (*fault.Error)(nil); d.cause == errPIN && errors.Is(err, errPIN) && errors.As(err, &e) && e.Text != "" {
+			return signer.Stopped, e.Text, d.remedy
+		}
 		if errors.Is(err, d.cause) {
 			return signer.Stopped, d.cause.Error(), d.remedy
 		}

@@ -242,6 +242,8 @@ func (h *Host) pause(ctx context.Context, deaths int, err error) *unlocking {
 		changed, wait = func() bool { return look(h.cfg.Binary) != h.seen }, -1
 	case p.state == signer.Stopped:
 		wait = secretAgain // reading it again touches no device
+	case err != nil && !died(err): // nothing died, so nothing is gained by haste
+		wait = secretAgain
 	case deaths > 1:
 		wait = min(firstPause<<min(deaths-2, 10), longestPause)
 		p.err.RetryAfter = wait

@@ -578,3 +578,34 @@ func TestDev(t *testing.T) {
 	}
 	mustSign(t, k, "with another binary")
 }
+
+// TestAbsentPIN: a PIN that cannot be read stops the backend with a reason, costs callers no wait and the host no haste,
+// and the PIN is taken once it is there.
+func TestAbsentPIN(t *testing.T) {
+	t.Parallel()
+	cfg, _ := clumsy(t, "log in")
+	var there atomic.Bool
+	var asked atomic.Int64
+	cfg.PIN = func(context.Context) ([]byte, error) {
+		asked.Add(1)
+		if there.Load() {
+			return []byte("right"), nil
+		}
+		return nil, fault.New(fault.Unavailable, "the file of a secret cannot be opened")
+	}
+	h := start(t, cfg)
+	eventually(t, "the backend stops", func() bool {
+		d := h.Describe(t.Context())
+		return d.State == signer.Stopped && strings.Contains(d.Problem, "cannot be opened") && strings.Contains(d.Remedy, "PIN source")
+	})
+	for range 100 {
+		if _, err := h.Keys(t.Context()); fault.CodeOf(err) != fault.Unavailable {
+			t.Fatalf("without a PIN: %v", err)
+		}
+	}
+	if n := asked.Load(); n > 10 {
+		t.Errorf("the PIN was asked for %d times", n)
+	}
+	there.Store(true)
+	eventually(t, "the PIN is taken", func() bool { return h.Describe(t.Context()).State == signer.Ready })
+}
