@@ -116,7 +116,7 @@ func (h *Host) Describe(ctx context.Context) signer.Description {
 		return d, nil, nil
 	})
 	if err != nil {
-		d = signer.Description{Device: h.cfg.Settings["token"], Grade: signer.HardwareClaimed, Limits: map[string]string{}}
+		d = signer.Description{Device: h.cfg.Settings["token"], Limits: map[string]string{}}
 		if d.Device == "" {
 			d.Device = h.cfg.Name
 		}

@@ -5,12 +5,15 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 
 	"github.com/trustd/trustd/api"
 	"github.com/trustd/trustd/fault"
 )
+
+var errNoLines = fault.New(fault.Malformed, "there is no packet on any line")
 
 // documents cuts a file into its lines, each of which is a document; empty ones do not count.
 func documents(data []byte) []json.RawMessage {
@@ -39,8 +42,35 @@ func inLots(docs []json.RawMessage, do func(from int, lot []json.RawMessage) err
 	return nil
 }
 
-// signLines signs a packet on each line and writes each on a line of its own. A line that cannot be signed is
-// reported and leaves none.
+// A linePrinter reports what is wrong with lines, those that follow each other with the same in one.
+type linePrinter struct {
+	out         io.Writer
+	what        string
+	first, last int
+}
+
+func (p *linePrinter) add(line int, what string) {
+	if p.what == what && line == p.last+1 {
+		p.last = line
+		return
+	}
+	p.flush()
+	p.what, p.first, p.last = what, line, line
+}
+
+func (p *linePrinter) flush() {
+	switch {
+	case p.what == "":
+	case p.first == p.last:
+		fmt.Fprintf(p.out, "line %d: %s\n", p.first, printable(p.what))
+	default:
+		fmt.Fprintf(p.out, "lines %d-%d: %s\n", p.first, p.last, printable(p.what))
+	}
+	p.what = ""
+}
+
+// signLines signs a packet on each line and writes each on a line of its own. In the place of one that could not be
+// signed stands {"error": ...}, so that lines keep their numbers.
 func (a *app) signLines(ctx context.Context, agent string, batchable *bool, data []byte, out string) error {
 	c, err := a.agent()
 	if err != nil {
@@ -48,6 +78,7 @@ func (a *app) signLines(ctx context.Context, agent string, batchable *bool, data
 	}
 	var signed bytes.Buffer
 	var failed error
+	wrong := linePrinter{out: a.err}
 	modes, largest, n := map[string]int{}, 0, 0
 	docs := documents(data)
 	err = inLots(docs, func(from int, lot []json.RawMessage) error {
@@ -58,7 +89,10 @@ func (a *app) signLines(ctx context.Context, agent string, batchable *bool, data
 		for i, r := range c.SignPackets(ctx, requests) {
 			if r.Error != nil {
 				failed = r.Error.Err()
-				fmt.Fprintf(a.err, "line %d: %s\n", from+i+1, printable(failed.Error()))
+				wrong.add(from+i+1, failed.Error())
+				if err := json.NewEncoder(&signed).Encode(map[string]*api.Problem{"error": r.Error}); err != nil {
+					return fmt.Errorf("writing an error: %w", err)
+				}
 				continue
 			}
 			signed.Write(r.Packet)
@@ -80,7 +114,15 @@ func (a *app) signLines(ctx context.Context, agent string, batchable *bool, data
 	if err != nil {
 		return fmt.Errorf("writing the signed packets: %w", err)
 	}
-	fmt.Fprintf(a.err, "signed %d of %d packets: %d batched (batches of up to %d), %d direct\n", n, len(docs), modes["batched"], largest, modes["direct"])
+	wrong.flush()
+	batches := ""
+	if largest > 0 {
+		batches = fmt.Sprintf(" (batches of up to %d)", largest)
+	}
+	fmt.Fprintf(a.err, "signed %d of %d packets: %d batched%s, %d direct\n", n, len(docs), modes["batched"], batches, modes["direct"])
+	if len(docs) == 0 {
+		return errNoLines
+	}
 	return failed
 }
 
@@ -105,11 +147,13 @@ func (v verifier) lines(data []byte, r api.VerifyPacketRequest) error {
 		return err
 	}
 	var failed error
+	wrong := linePrinter{out: v.err}
 	rows, accepted := make([][]string, len(results)), 0
 	for i, res := range results {
 		switch {
 		case res.Error != nil:
 			failed = res.Error.Err()
+			wrong.add(i+1, failed.Error())
 			rows[i] = []string{strconv.Itoa(i + 1), "", "", string(res.Error.Code)}
 		default:
 			rows[i] = []string{strconv.Itoa(i + 1), res.PacketID, res.Decision.Decision, string(res.Reason)}
@@ -128,8 +172,9 @@ func (v verifier) lines(data []byte, r api.VerifyPacketRequest) error {
 		_ = v.table([]string{"LINE", "PACKET", "DECISION", "REASON"}, rows)
 		fmt.Fprintf(v.out, "%d of %d accepted\n", accepted, len(results))
 	}
+	wrong.flush()
 	if len(docs) == 0 {
-		return fault.New(fault.Malformed, "there is no packet on any line")
+		return errNoLines
 	}
 	return failed
 }

@@ -92,7 +92,7 @@ prints the signed packet. With --message it signs any JSON value as a SignedMess
 	f.StringSliceVar(&audience, "audience", nil, "with --message: who it is for")
 	f.Int64Var(&ttl, "ttl", 0, "with --message: seconds until it expires")
 	f.BoolVar(&batched, "batchable", false, "permit a signature that covers a batch (quicker on a busy device; Python peers cannot read it);\nleft out, the agent's own setting counts")
-	f.BoolVar(&lines, "lines", false, "each line of the input is a packet; they are signed together, and each is written on a line")
+	f.BoolVar(&lines, "lines", false, "each line of the input is a packet; they are signed together, and each is written on a line;\nin the place of one that could not be signed stands {\"error\": ...}")
 	f.StringVar(&prev, "prev", "", "with --message: digest of the message that this one answers")
 	return cmd
 }

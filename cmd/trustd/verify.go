@@ -11,6 +11,7 @@ import (
 
 	"github.com/trustd/trustd/api"
 	"github.com/trustd/trustd/fault"
+	"github.com/trustd/trustd/signer"
 )
 
 func (a *app) verifyCmd() *cobra.Command {
@@ -35,6 +36,11 @@ itself: this says that the message is whole and nothing of who sent it, so it ne
 		RunE: func(cmd *cobra.Command, files []string) error {
 			if len(files) == 0 {
 				files = []string{"-"}
+			}
+			if demands.MinGrade != "" {
+				if _, err := signer.ParseGrade(demands.MinGrade); err != nil {
+					return fault.New(fault.Usage, "--min-grade: %s", fault.From(err).Text)
+				}
 			}
 			v := verifier{app: a, cmd: cmd}
 			if lines {

@@ -9,6 +9,9 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"fmt"
+	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -70,7 +73,7 @@ type Config struct {
 	Parallel func() int
 	// MaxBatch bounds a batch. Default and most: signature.MaxBatch.
 	MaxBatch int
-	// Queue bounds the requests that wait. A caller may hold no more of it than what is left to the others.
+	// Queue bounds the requests that wait. A user may hold no more of it than what is left to the others.
 	// Default: 65,536.
 	Queue int
 	// Observe is told of each turn of the device. It must not block.
@@ -92,6 +95,7 @@ const (
 	aloneTurn = 30 * time.Millisecond // where nobody else waits
 	maxDirect = 256                   // messages in such a turn
 	firstTurn = 1                     // before the device's pace is known
+	floor     = 64                    // places that a user may hold however full the queue is
 )
 
 // A Device schedules the signatures of one device. It is safe for concurrent use and owns no goroutine while idle.
@@ -104,7 +108,7 @@ type Device struct {
 	running int            // turns under way
 	ready   order[*Key]    // keys with requests that wait
 	waiting int            // requests, of all keys
-	held    map[Caller]int // of those, whose
+	held    map[uint32]int // of those, whose, by user
 	pace    time.Duration  // of one direct signature, smoothed; 0: not known
 	turn    time.Duration  // of one turn, smoothed
 	closed  bool
@@ -122,12 +126,12 @@ func NewDevice(cfg Config) *Device {
 	if cfg.Queue <= 0 {
 		cfg.Queue = defaultQueue
 	}
-	return &Device{cfg: cfg, held: map[Caller]int{}, idle: make(chan struct{})}
+	return &Device{cfg: cfg, held: map[uint32]int{}, idle: make(chan struct{})}
 }
 
 // Key returns the line in front of one key of the device. There must be one Key for each key.
 func (d *Device) Key(t Target) *Key {
-	return &Key{device: d, target: t, flows: map[Caller]*flow{}}
+	return &Key{device: d, target: t, users: map[uint32]*user{}}
 }
 
 // Waiting returns how many requests wait for the device.
@@ -164,19 +168,21 @@ type Key struct {
 	queued   bool // in device.ready
 	batching bool // a batch is being signed: what may be batched gathers for the next one
 	waiting  [kinds]int
-	flows    map[Caller]*flow // exactly those in order
-	order    order[*flow]
+	users    map[uint32]*user // exactly those in order
+	order    order[*user]
 }
 
 // stop fails all that waits for the key.
 func (k *Key) stop() {
-	for f, _, ok := k.order.pop(); ok; f, _, ok = k.order.pop() {
-		for _, calls := range f.calls {
-			for _, c := range calls {
-				k.device.drop(c, fault.New(fault.Stopping, ""))
+	for u, _, ok := k.order.pop(); ok; u, _, ok = k.order.pop() {
+		for f, _, ok := u.order.pop(); ok; f, _, ok = u.order.pop() {
+			for _, calls := range f.calls {
+				for _, c := range calls {
+					k.device.drop(c, fault.New(fault.Stopping, ""))
+				}
 			}
 		}
-		delete(k.flows, f.caller)
+		delete(k.users, u.uid)
 	}
 }
 
@@ -199,11 +205,21 @@ func kindOf(it *Item) kind {
 	return direct
 }
 
-// A flow is what one caller has asked of one key, by kind, oldest first.
+// A user is one Unix user among those who ask for a key. A user makes as many processes as it likes, so the turns are
+// the users', and each user's processes share them.
+type user struct {
+	uid   uint32
+	flows map[int32]*flow // exactly those in order
+	order order[*flow]
+}
+
+// A flow is what one process has asked of one key, by kind, oldest first.
 type flow struct {
-	caller Caller
-	calls  [kinds][]*call
-	last   kind // that had its turn
+	pid   int32
+	calls [kinds][]*call
+	dead  [kinds]int // of those, calls that have ended
+	last  kind       // that had its turn
+	fresh bool       // while it is out of the order
 }
 
 // A call is one use of Key.Sign.
@@ -305,6 +321,7 @@ func (c *call) wait(d *Device) []Result {
 	}
 	d.discard(c)
 	c.gone = true
+	c.key.bury(c)
 	out := make([]Result, len(c.results))
 	for i, r := range c.results {
 		if out[i] = r; r.Err == nil && r.Signature.IsZero() {
@@ -397,35 +414,55 @@ func (d *Device) admit(c *call, width int) error {
 		return fault.New(fault.Stopping, "")
 	}
 	n := len(c.items)
-	if room := d.cfg.Queue - d.waiting; d.busy(width) && d.held[c.caller]+n > room {
+	if room := d.cfg.Queue - d.waiting; d.busy(width) && !d.fits(c.caller, n, room) {
 		e := fault.New(fault.DeviceBusy, "too many requests wait for the device")
 		e.RetryAfter = min(max(d.turn*time.Duration(d.ready.len()+1), 10*time.Millisecond), 5*time.Second)
 		return e
 	}
 	d.waiting += n
-	d.held[c.caller] += n
+	d.held[c.caller.UID] += n
 	for kind := range kinds {
 		c.key.waiting[kind] += len(c.rest[kind])
 	}
 	return nil
 }
 
+// fits reports whether a caller may have n more places where room is what is left. A user may hold no more than is
+// left to the others, but floor places in any case; the daemon's own requests are not refused before the queue is twice
+// as long as it may be.
+func (d *Device) fits(who Caller, n, room int) bool {
+	switch {
+	case room+d.cfg.Queue < n:
+		return false
+	case who == Caller{}:
+		return true
+	}
+	held := d.held[who.UID] + n
+	return held <= room || held <= floor
+}
+
 // release counts items out of the queue.
 func (d *Device) release(c *call, kind kind, n int) {
 	d.waiting -= n
 	c.key.waiting[kind] -= n
-	if d.held[c.caller] -= n; d.held[c.caller] <= 0 {
-		delete(d.held, c.caller)
+	if d.held[c.caller.UID] -= n; d.held[c.caller.UID] <= 0 {
+		delete(d.held, c.caller.UID)
 	}
 }
 
 // push puts a call into its line.
 func (k *Key) push(c *call) {
-	f := k.flows[c.caller]
+	u := k.users[c.caller.UID]
+	if u == nil {
+		u = &user{uid: c.caller.UID, flows: map[int32]*flow{}}
+		k.users[u.uid] = u
+		k.order.add(u)
+	}
+	f := u.flows[c.caller.PID]
 	if f == nil {
-		f = &flow{caller: c.caller}
-		k.flows[c.caller] = f
-		k.order.add(f)
+		f = &flow{pid: c.caller.PID}
+		u.flows[f.pid] = f
+		u.order.add(f)
 	}
 	for kind := range kinds {
 		if len(c.rest[kind]) > 0 {
@@ -435,6 +472,21 @@ func (k *Key) push(c *call) {
 	if !k.queued {
 		k.queued = true
 		k.device.ready.add(k)
+	}
+}
+
+// bury takes a call whose caller has gone out of its line: with many such, the line must not keep what they held.
+func (k *Key) bury(c *call) {
+	u := k.users[c.caller.UID]
+	if u == nil || u.flows[c.caller.PID] == nil {
+		return
+	}
+	f := u.flows[c.caller.PID]
+	for kind := range kinds {
+		if f.dead[kind]++; 2*f.dead[kind] >= len(f.calls[kind]) {
+			f.calls[kind] = slices.DeleteFunc(f.calls[kind], func(c *call) bool { return len(c.rest[kind]) == 0 })
+			f.dead[kind] = 0
+		}
 	}
 }
 
@@ -498,37 +550,61 @@ func (d *Device) take() *turn {
 }
 
 // take picks the key's next turn. The caller who is next decides its kind, in turn where it has items of both; where
-// they may be batched, those of all others join in.
+// they may be batched, those of all others join in. It returns nil where there is nothing to sign now.
 func (k *Key) take() *turn {
 	for {
-		f, fresh, ok := k.order.pop()
+		u, fresh, ok := k.order.pop()
 		if !ok {
 			return nil
 		}
-		kind, ok := f.turn(k.device)
-		if !ok {
-			delete(k.flows, f.caller)
-			continue
-		}
-		if k.batching && kind == batched {
-			if kind = direct; !f.live(k.device, direct) {
-				if k.order.settle(f, true, fresh); k.gathering() {
-					return nil
-				}
-				continue
-			}
-		}
+		f, kind, ok := u.next(k)
 		t := &turn{key: k}
-		if f.last = kind; kind == direct {
+		switch {
+		case !ok:
+			k.settle(u, fresh)
+		case kind == direct:
 			t.items = f.pull(k.device, direct, k.directShare(), nil)
-			k.settle(f, fresh)
+			u.settle(k, f)
+			k.settle(u, fresh)
+		default:
+			k.gather(t, u, fresh)
+		}
+		if len(t.items) > 0 { // their callers may all have gone just now
+			t.batch = len(t.items) > 1 && kind == batched
+			k.batching = k.batching || t.batch
 			return t
 		}
-		k.gather(t, f, fresh)
-		t.batch = len(t.items) > 1
-		k.batching = t.batch
-		return t
+		if k.gathering() {
+			return nil
+		}
 	}
+}
+
+// next returns the user's next process that has something to sign now, and of which kind. The flow of a direct turn is
+// out of the order, and settle must be told; that of a batch is in it.
+func (u *user) next(k *Key) (f *flow, kind kind, ok bool) {
+	for range u.order.len() {
+		f, fresh, ok := u.order.pop()
+		if !ok {
+			break
+		}
+		kind, live := f.turn(k.device)
+		switch {
+		case !live:
+			delete(u.flows, f.pid)
+			continue
+		case kind == batched && !k.batching:
+			f.last = batched
+			u.order.unpop(f, fresh)
+			return f, batched, true
+		case f.live(k.device, direct):
+			f.last = direct
+			f.fresh = fresh
+			return f, direct, true
+		}
+		u.order.round.push(f) // it gathers
+	}
+	return nil, 0, false
 }
 
 // gathering reports whether the key has nothing to sign until its batch is signed.
@@ -559,42 +635,73 @@ func (k *Key) directShare() int {
 	return min(max(int(length/d.pace), 1), maxDirect)
 }
 
-// gather fills a batch: an equal share to each caller, in their order, and again while there is room. For whom there
-// is none stays where it is.
-func (k *Key) gather(t *turn, first *flow, fresh bool) {
+// gather fills a batch: an equal share to each user, in their order, and again while there is room. For whom there is
+// none stays where it is.
+func (k *Key) gather(t *turn, first *user, fresh bool) {
 	d := k.device
 	share := max(d.cfg.MaxBatch/(k.order.len()+1), 1)
-	var flows []*flow
+	var users []*user
 	var news []bool
-	for f, ok := first, true; ok; {
-		flows, news = append(flows, f), append(news, fresh)
-		t.items = f.pull(d, batched, min(share, d.cfg.MaxBatch-len(t.items)), t.items)
+	for u, ok := first, true; ok; {
+		users, news = append(users, u), append(news, fresh)
+		t.items = u.pull(k, min(share, d.cfg.MaxBatch-len(t.items)), t.items)
 		if len(t.items) == d.cfg.MaxBatch {
 			break
 		}
-		f, fresh, ok = k.order.pop()
+		u, fresh, ok = k.order.pop()
 	}
-	for willing := flows; len(t.items) < d.cfg.MaxBatch && len(willing) > 0; {
-		room := d.cfg.MaxBatch - len(t.items)
-		share := max(room/len(willing), 1)
-		var again []*flow
-		for _, f := range willing {
-			t.items = f.pull(d, batched, min(share, d.cfg.MaxBatch-len(t.items)), t.items)
-			if f.live(d, batched) {
-				again = append(again, f)
+	for willing := users; len(t.items) < d.cfg.MaxBatch && len(willing) > 0; {
+		share := max((d.cfg.MaxBatch-len(t.items))/len(willing), 1)
+		var again []*user
+		for _, u := range willing {
+			before := len(t.items)
+			if t.items = u.pull(k, min(share, d.cfg.MaxBatch-before), t.items); len(t.items) > before {
+				again = append(again, u)
 			}
 		}
 		willing = again
 	}
-	for i, f := range flows {
-		k.settle(f, news[i])
+	for i, u := range users {
+		k.settle(u, news[i])
+	}
+}
+
+// pull takes up to n items that may be batched, of all processes of the user alike.
+func (u *user) pull(k *Key, n int, out []place) []place {
+	for n > 0 && u.order.len() > 0 {
+		share, before := max(n/u.order.len(), 1), len(out)
+		for range u.order.len() {
+			f, fresh, ok := u.order.pop()
+			if !ok || n == 0 {
+				if ok {
+					u.order.unpop(f, fresh)
+				}
+				break
+			}
+			had := len(out)
+			out = f.pull(k.device, batched, min(share, n), out)
+			n -= len(out) - had
+			f.fresh = fresh
+			u.settle(k, f)
+		}
+		if len(out) == before {
+			break
+		}
+	}
+	return out
+}
+
+// settle puts a user back in line, or forgets it.
+func (k *Key) settle(u *user, fresh bool) {
+	if !k.order.settle(u, u.order.len() > 0, fresh) {
+		delete(k.users, u.uid)
 	}
 }
 
 // settle puts a flow back in line, or forgets it.
-func (k *Key) settle(f *flow, fresh bool) {
-	if _, more := f.turn(k.device); !k.order.settle(f, more, fresh) {
-		delete(k.flows, f.caller)
+func (u *user) settle(k *Key, f *flow) {
+	if _, more := f.turn(k.device); !u.order.settle(f, more, f.fresh) {
+		delete(u.flows, f.pid)
 	}
 }
 
@@ -621,6 +728,7 @@ func (f *flow) live(d *Device, k kind) bool {
 		calls[0] = nil
 		calls = calls[1:]
 		f.calls[k] = calls
+		f.dead[k] = max(f.dead[k]-1, 0)
 	}
 	return false
 }
@@ -670,12 +778,7 @@ func (d *Device) after() *turn {
 func (d *Device) run(t *turn) {
 	ctx, cancel := t.context()
 	start := time.Now()
-	var out []Result
-	if t.batch {
-		out = t.signBatch(ctx)
-	} else {
-		out = t.signEach(ctx)
-	}
+	out := t.sign(ctx)
 	took := time.Since(start)
 	cancel()
 	var failed error
@@ -690,6 +793,9 @@ func (d *Device) run(t *turn) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if each := took / time.Duration(len(out)); failed != nil && !t.batch && each > d.pace {
+		d.pace = each // it has slowed down: the next turn is shorter
+	}
 	if failed == nil {
 		d.turn = smooth(d.turn, took)
 		if !t.batch || d.pace == 0 {
@@ -743,6 +849,22 @@ func (t *turn) context() (context.Context, context.CancelFunc) {
 		return context.Background(), func() {}
 	}
 	return context.WithDeadline(context.Background(), latest)
+}
+
+// sign has the turn's messages signed. A panic in a backend costs the turn, and nobody else.
+func (t *turn) sign(ctx context.Context) (out []Result) {
+	defer func() {
+		if p := recover(); p != nil {
+			out = make([]Result, len(t.items))
+			for i := range out {
+				out[i].Err = fault.Wrap(fault.Internal, fmt.Errorf("panic: %v\n%s", p, debug.Stack()), "")
+			}
+		}
+	}()
+	if t.batch {
+		return t.signBatch(ctx)
+	}
+	return t.signEach(ctx)
 }
 
 // signEach has each message signed by itself.
@@ -806,6 +928,15 @@ func (o *order[T]) pop() (v T, fresh, ok bool) {
 	return v, false, ok
 }
 
+// unpop puts back who was taken out, as if it had not been.
+func (o *order[T]) unpop(v T, fresh bool) {
+	if fresh {
+		o.fresh.pushFront(v)
+		return
+	}
+	o.round.pushFront(v)
+}
+
 // settle puts back who was taken out, unless it has nothing more to ask and has been through the round. It reports
 // whether v is in the order.
 func (o *order[T]) settle(v T, more, fresh bool) bool {
@@ -826,15 +957,28 @@ type ring[T any] struct {
 func (r *ring[T]) len() int { return r.n }
 
 func (r *ring[T]) push(v T) {
-	if r.n == len(r.buf) {
-		bigger := make([]T, max(2*len(r.buf), 4))
-		for i := range r.n {
-			bigger[i] = r.buf[(r.head+i)%len(r.buf)]
-		}
-		r.buf, r.head = bigger, 0
-	}
+	r.grow()
 	r.buf[(r.head+r.n)%len(r.buf)] = v
 	r.n++
+}
+
+func (r *ring[T]) pushFront(v T) {
+	r.grow()
+	r.head = (r.head - 1 + len(r.buf)) % len(r.buf)
+	r.buf[r.head] = v
+	r.n++
+}
+
+// grow makes room for one more.
+func (r *ring[T]) grow() {
+	if r.n < len(r.buf) {
+		return
+	}
+	bigger := make([]T, max(2*len(r.buf), 4))
+	for i := range r.n {
+		bigger[i] = r.buf[(r.head+i)%len(r.buf)]
+	}
+	r.buf, r.head = bigger, 0
 }
 
 func (r *ring[T]) pop() (v T, ok bool) {

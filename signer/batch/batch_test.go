@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -403,15 +404,15 @@ func TestLeavingABatchUnderWay(t *testing.T) {
 func TestBackPressure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newTarget(t, 1, time.Second)
-		d := batch.NewDevice(batch.Config{Queue: 100})
+		d := batch.NewDevice(batch.Config{Queue: 1000})
 		key := d.Key(k)
 		var wg sync.WaitGroup
 		k.sign(t, &wg, key, batch.Caller{}, item("first", true))
 		synctest.Wait()
 		var refused, greedy atomic.Int32
-		for range 200 {
+		for i := range 2000 {
 			wg.Go(func() {
-				r := key.Sign(t.Context(), batch.Caller{UID: 1}, []batch.Item{item("greedy", true)})[0]
+				r := key.Sign(t.Context(), batch.Caller{UID: 1, PID: int32(i % 50)}, []batch.Item{item("greedy", true)})[0]
 				var e *fault.Error
 				switch {
 				case r.Err == nil:
@@ -424,15 +425,142 @@ func TestBackPressure(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		if n := d.Waiting(); n != 50 {
-			t.Errorf("one caller holds %d of 100 places", n)
+		if n := d.Waiting(); n != 500 {
+			t.Errorf("one user holds %d of 1000 places", n)
 		}
+		for uid := range 40 { // and forty who work together leave some to another
+			wg.Go(func() { key.Sign(t.Context(), batch.Caller{UID: uint32(uid + 10)}, make([]batch.Item, 200)) })
+		}
+		synctest.Wait()
 		k.sign(t, &wg, key, batch.Caller{UID: 2}, item("modest", true))
+		k.sign(t, &wg, key, batch.Caller{}, item("the daemon's", false))
 		wg.Wait()
-		if greedy.Load() != 50 || refused.Load() != 150 {
+		if greedy.Load() != 500 || refused.Load() != 1500 {
 			t.Errorf("%d signed, %d refused", greedy.Load(), refused.Load())
 		}
 	})
+}
+
+// A flipping context ends when it has been looked at so many times: in the middle of whatever looks.
+type flipping struct {
+	context.Context
+	looks *atomic.Int32
+}
+
+func (f flipping) Err() error {
+	if f.looks.Add(-1) < 0 {
+		return context.DeadlineExceeded
+	}
+	return nil
+}
+
+// TestContextEndsBetweenTwoLooks: wherever a caller's time runs out, the device goes on.
+func TestContextEndsBetweenTwoLooks(t *testing.T) {
+	for looks := range int32(12) {
+		for _, batchable := range []bool{false, true} {
+			k := newTarget(t, 1, 0)
+			key := batch.NewDevice(batch.Config{}).Key(k)
+			ctx := flipping{t.Context(), new(atomic.Int32)}
+			ctx.looks.Store(looks)
+			for range 2 {
+				if r := key.Sign(ctx, batch.Caller{UID: 1}, []batch.Item{item("a", batchable), item("b", batchable)})[0]; r.Err != nil &&
+					!errors.Is(r.Err, fault.DeadlineExceeded) {
+					t.Errorf("got %v", r.Err)
+				}
+			}
+			it := item("after", batchable)
+			k.check(t, it, key.Sign(t.Context(), batch.Caller{UID: 2}, []batch.Item{it})[0])
+		}
+	}
+}
+
+// TestGoneCallersLeaveNothing: behind a turn that lasts, thousands come and go; what they asked for is not kept.
+func TestGoneCallersLeaveNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newTarget(t, 1, time.Hour)
+		key := batch.NewDevice(batch.Config{}).Key(k)
+		var wg sync.WaitGroup
+		ctx, stop := context.WithCancel(t.Context())
+		for range 2 {
+			wg.Go(func() { key.Sign(ctx, batch.Caller{UID: 1}, []batch.Item{item("stays", false)}) })
+		}
+		synctest.Wait()
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		for range 2000 {
+			short, cancel := context.WithTimeout(t.Context(), time.Second)
+			it := item("", false)
+			it.Subject.Message = make([]byte, 100<<10)
+			if r := key.Sign(short, batch.Caller{UID: 1}, []batch.Item{it})[0]; !errors.Is(r.Err, fault.DeadlineExceeded) {
+				t.Errorf("got %v", r.Err)
+			}
+			cancel()
+		}
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 8<<20 {
+			t.Errorf("%d MiB are kept", grown>>20)
+		}
+		stop()
+		wg.Wait()
+	})
+}
+
+// TestNewProcessesTakeNoPrecedence: a user who asks from a new process each time gets no more turns than one who does not.
+func TestNewProcessesTakeNoPrecedence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const each = 200 * time.Millisecond
+		k := newTarget(t, 1, each)
+		key := batch.NewDevice(batch.Config{}).Key(k)
+		ctx, stop := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for pid := int32(1); ctx.Err() == nil; pid++ {
+				wg.Go(func() { key.Sign(ctx, batch.Caller{UID: 1, PID: pid}, []batch.Item{item("new", false)}) })
+				time.Sleep(each / 3) // virtual
+			}
+		})
+		time.Sleep(5 * each)
+		for range 10 {
+			start := time.Now()
+			it := item("victim", false)
+			k.check(t, it, key.Sign(t.Context(), batch.Caller{UID: 2, PID: 1}, []batch.Item{it})[0])
+			if took := time.Since(start); took > 3*each {
+				t.Errorf("waited %v", took)
+			}
+		}
+		stop()
+		wg.Wait()
+	})
+}
+
+// TestPanicCostsItsTurn: a backend that panics fails those whom it signed for, and no one after them.
+func TestPanicCostsItsTurn(t *testing.T) {
+	k := newTarget(t, 1, 0)
+	key := batch.NewDevice(batch.Config{}).Key(panicking{k, new(atomic.Bool)})
+	for _, batchable := range []bool{false, true} {
+		for _, r := range key.Sign(t.Context(), batch.Caller{}, []batch.Item{item("panic", batchable), item("too", batchable)}) {
+			if batchable == (r.Err == nil) && !errors.Is(r.Err, fault.Internal) {
+				t.Errorf("got %v", r.Err)
+			}
+		}
+	}
+	it := item("after", true)
+	k.check(t, it, key.Sign(t.Context(), batch.Caller{}, []batch.Item{it})[0])
+}
+
+// A panicking target panics on the first batch.
+type panicking struct {
+	*target
+	done *atomic.Bool
+}
+
+func (p panicking) SignOver(ctx context.Context, digests [][sha256.Size]byte, numbers []uint64, statement []byte) ([]byte, error) {
+	if !p.done.Swap(true) {
+		panic("a module")
+	}
+	return p.target.SignOver(ctx, digests, numbers, statement)
 }
 
 // TestFailureReachesAll: what the device says reaches everyone whom the turn was for, and the next turn is new.

@@ -19,7 +19,7 @@ import (
 
 // Describe implements signer.Backend. While the connection is being made again it says so and does not wait.
 func (b *Backend) Describe(ctx context.Context) signer.Description {
-	d := signer.Description{Kind: "pkcs11", Device: b.device(), Grade: signer.HardwareClaimed, Limits: map[string]string{}}
+	d := signer.Description{Kind: "pkcs11", Device: b.device(), Limits: map[string]string{}}
 	if serial := b.wanted(); serial != nil {
 		d.Limits["serial"] = printable(*serial)
 	}
