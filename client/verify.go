@@ -44,6 +44,9 @@ func NewVerifier(agent, publicKey string) (*Verifier, error) {
 // VerifySignature checks the text of a signature of message, the signed bytes of the kind's own format, and says how it
 // was made. The error has the code malformed or invalid_signature.
 func (v *Verifier) VerifySignature(kind signature.Kind, message []byte, text string) (signature.Mode, error) {
+	if kind != signature.KindPacket && kind != signature.KindMessage && kind != signature.KindAudit {
+		return "", fault.BadField("kind", "not packet, message or audit")
+	}
 	sig, err := signature.Parse(v.pub.Algorithm(), text)
 	if err != nil {
 		return "", err

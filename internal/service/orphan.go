@@ -32,8 +32,9 @@ func (s *Service) lost(ctx context.Context, e *keyring.Entry, err error) error {
 	if now, held := s.cfg.Keyring.Get(e.AgentID); !held || now.KeyID != e.KeyID || now.Orphaned != nil {
 		return err
 	}
-	// The device may have come back since: only what is still gone after the canary has signed is lost.
-	if b.monitor.Prove(ctx) != nil || !monitor.Gone(s.try(ctx, b, e)) {
+	// The device may have come back since, or go while it is asked: only what is gone between two signatures of the canary
+	// is lost.
+	if b.monitor.Prove(ctx) != nil || !monitor.Gone(s.try(ctx, b, e)) || b.monitor.Prove(ctx) != nil {
 		s.forget(e.AgentID) // the next use asks again
 		return emptied
 	}

@@ -2,6 +2,7 @@ package service
 
 import (
 	"context"
+	"log/slog"
 	"sync"
 
 	"github.com/trustd/trustd/api"
@@ -65,11 +66,13 @@ type packetJob struct {
 // SignPackets signs many packets: those of one key go to its device together.
 func (s *Service) SignPackets(ctx context.Context, rs []api.SignPacketRequest) []api.SignPacketResult {
 	out := make([]api.SignPacketResult, len(rs))
+	var failed failures
+	defer func() { failed.log(s.cfg.Log) }()
 	jobs := make([]packetJob, len(rs))
 	parallel(len(rs), func(i int) {
 		j, u, err := s.preparePacket(ctx, rs[i])
 		if err != nil {
-			out[i].Error = s.problem(err)
+			out[i].Error = failed.problem(err)
 			return
 		}
 		jobs[i] = packetJob{j, i, u}
@@ -82,18 +85,18 @@ func (s *Service) SignPackets(ctx context.Context, rs []api.SignPacketRequest) [
 	}
 	var wg sync.WaitGroup
 	for _, g := range groups {
-		wg.Go(func() { s.signGroup(ctx, g, out) })
+		wg.Go(func() { s.signGroup(ctx, g, out, &failed) })
 	}
 	wg.Wait()
 	return out
 }
 
 // signGroup signs the packets of one agent and puts each result into its place.
-func (s *Service) signGroup(ctx context.Context, g []packetJob, out []api.SignPacketResult) {
+func (s *Service) signGroup(ctx context.Context, g []packetJob, out []api.SignPacketResult, failed *failures) {
 	key, err := s.open(ctx, g[0].entry)
 	if err != nil {
 		for _, j := range g {
-			out[j.at].Error = s.problem(err)
+			out[j.at].Error = failed.problem(err)
 		}
 		return
 	}
@@ -112,21 +115,43 @@ func (s *Service) signGroup(ctx context.Context, g []packetJob, out []api.SignPa
 				}
 				err = gone
 			}
-			out[j.at].Error = s.problem(s.signFailed(j.job, err))
+			out[j.at].Error = failed.problem(s.signFailed(j.job, err))
 			continue
 		}
 		out[j.at].SignPacketReply = &api.SignPacketReply{Packet: j.packet.Seal(res.Signature), Signed: j.signed(res)}
 	}
 }
 
-// problem returns an error of one item of a batch as it may be sent, and writes its cause to the log where it is
-// ours to repair.
-func (s *Service) problem(err error) *api.Problem {
+// A failures collects why items of one list failed. It is safe for concurrent use.
+type failures struct {
+	mu    sync.Mutex
+	count map[fault.Code]int
+	first map[fault.Code]string
+}
+
+// problem returns an error of one item of a list as it may be sent, and notes its cause for the log where it is ours
+// to repair.
+func (f *failures) problem(err error) *api.Problem {
 	p := api.NewProblem(err)
-	if p.Status >= 500 && p.Code != fault.Canceled {
-		s.cfg.Log.Warn("an item of a batch failed", "code", string(p.Code), "cause", fault.From(err).Verbose())
+	if p.Status < 500 || p.Code == fault.Canceled {
+		return p
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.count == nil {
+		f.count, f.first = map[fault.Code]int{}, map[fault.Code]string{}
+	}
+	if f.count[p.Code]++; f.count[p.Code] == 1 {
+		f.first[p.Code] = fault.From(err).Verbose()
 	}
 	return p
+}
+
+// log writes one line for each code, however many items failed with it.
+func (f *failures) log(log *slog.Logger) {
+	for c, n := range f.count {
+		log.Warn("items of a list failed", "code", string(c), "items", n, "first_cause", f.first[c])
+	}
 }
 
 // preparePacket does all that comes before the device: who asks, as whom, and is the packet whole and right.

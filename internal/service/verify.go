@@ -33,6 +33,8 @@ func (s *Service) VerifyPacket(ctx context.Context, r api.VerifyPacketRequest) (
 // VerifyPackets decides on many packets; their nonces become durable together.
 func (s *Service) VerifyPackets(ctx context.Context, rs []api.VerifyPacketRequest) []api.VerifyPacketResult {
 	out := make([]api.VerifyPacketResult, len(rs))
+	var failed failures
+	defer func() { failed.log(s.cfg.Log) }()
 	var (
 		nonces []spend.Nonce
 		at     []int
@@ -41,7 +43,7 @@ func (s *Service) VerifyPackets(ctx context.Context, rs []api.VerifyPacketReques
 	parallel(len(rs), func(i int) {
 		d, acc, err := s.judge(ctx, rs[i])
 		if err != nil {
-			out[i].Error = s.problem(err)
+			out[i].Error = failed.problem(err)
 			return
 		}
 		out[i].Decision, accepted[i] = &d, acc
@@ -62,7 +64,7 @@ func (s *Service) VerifyPackets(ctx context.Context, rs []api.VerifyPacketReques
 		}
 		e := fault.From(err)
 		if !e.Code.Refusal() { // the context ended: the nonce may or may not be spent, and nothing was decided
-			out[at[n]] = api.VerifyPacketResult{Error: s.problem(e)}
+			out[at[n]] = api.VerifyPacketResult{Error: failed.problem(e)}
 			continue
 		}
 		refuse(d, e)

@@ -399,8 +399,8 @@ var (
 )
 
 // unclearLimit is how many logins in a row may fail without the token's word on the PIN before that counts as a
-// refusal: there are modules that call a wrong PIN a general error.
-const unclearLimit = 3
+// refusal: there are modules that call a wrong PIN a general error, and a token that gives three tries must keep one.
+const unclearLimit = 2
 
 // login logs in where the token wants it and the session is not yet. A refusal is remembered until Unlock; a token
 // that would lock at the next wrong PIN is tried only for an operator. Errors are classed, or those of the PIN's

@@ -139,7 +139,7 @@ func TestVagueRefusals(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) { // one that passes locks nothing
 		f := newFake()
-		f.next("Login", rv(pkcs11.CKR_GENERAL_ERROR), rv(pkcs11.CKR_DEVICE_ERROR))
+		f.next("Login", rv(pkcs11.CKR_GENERAL_ERROR))
 		b := f.backend(t, 2)
 		_ = b.Describe(t.Context())
 		time.Sleep(time.Second)
