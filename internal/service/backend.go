@@ -174,6 +174,15 @@ func (s *Service) ResetCanary(ctx context.Context, name string) (api.Backend, er
 	if err := b.monitor.ResetCanary(ctx); err != nil {
 		return api.Backend{}, err
 	}
+	// The operator has said that this device counts: what it does not hold is lost, and shown so from now on.
+	for _, e := range s.cfg.Keyring.All() {
+		if e.Backend != b.Name || e.Orphaned != nil {
+			continue
+		}
+		if err := s.try(ctx, b, e); monitor.Gone(err) {
+			_ = s.lost(ctx, e, err) // it logs what it marks
+		}
+	}
 	return s.describe(ctx, b, adminPatience), nil
 }
 

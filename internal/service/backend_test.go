@@ -269,6 +269,9 @@ func TestEmptiedDevice(t *testing.T) {
 	if err != nil || b.State != "ready" || b.Canary.Gone {
 		t.Fatalf("%+v: %v", b, err)
 	}
+	if d := h.show("a"); d.KeyState != "orphaned" {
+		t.Errorf("after the reset the lost key is shown as %s", d.KeyState)
+	}
 	code(t, h.sign("a"), fault.KeyOrphaned)
 	code(t, h.sign("a"), fault.KeyOrphaned)
 }

@@ -74,7 +74,7 @@ func diagnose(err error) (signer.State, string, string) {
 	}
 	if other := (*otherToken)(nil); errors.As(err, &other) {
 		return signer.Degraded, other.Error(), "put the token with the expected serial back; if the other one is meant to " +
-			"replace it, restart the daemon and restore or rotate the keys"
+			"replace it, restart the daemon, then run trustd backend reset-canary"
 	}
 	e := fault.From(err)
 	state := signer.Degraded
