@@ -93,7 +93,7 @@ func (a *app) pluginTestCmd() *cobra.Command {
 		Long: `Test runs the suite that every backend must pass on a plugin: each check is one demand of the contract, from signing
 right messages to closing. It makes keys under random ids and destroys them again; other keys on the device stay as they
 are. It exits with 0 only if no check fails.`,
-		Example: `  trustd plugin test ./trustd-kms --setting dir=/tmp/kms-keys
+		Example: `  trustd plugin test ./trustd-kms --setting dir=/var/lib/kms
   trustd plugin test bin/trustd-pkcs11 --setting module=/usr/lib/softhsm/libsofthsm2.so --setting token=demo \
     --pin-file /etc/trustd/pin --env SOFTHSM2_CONF=/etc/trustd/softhsm2.conf`,
 		Args: args(cobra.ExactArgs(1)),
